@@ -1,0 +1,1077 @@
+"""Llama inference as AWS Neuron computes it, in one file, to be read beside Hugging Face's `modeling_llama.py`.
+
+What a Neuron port changes, and nothing else: `nn.Linear` and `nn.Embedding` become tensor-parallel layers, the KV cache
+is a tensor of fixed size, every shape is known before the first token, and what depends on the rank is read from the
+checkpoint. `convert_weights.py` writes that checkpoint, one shard a rank; an HF directory is read as it is, too.
+
+The order follows the data: configs, parallel layers, RMSNorm, rotary embedding, KV cache, attention, MLP, decoder
+layer, model, loading, generation, command line. Letters in shapes: B batch, T new tokens, S cache slots attended to, E
+hidden size, H query heads and K key/value heads of one rank, G = H/K, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# torch's own functions under HF's names (transformers.activations.ACT2FN)
+ACT2FN = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACT2FN["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
+
+# the types of transformers' ROPE_INIT_FUNCTIONS that Llama checkpoints use, with the parameters that they cannot do
+# without
+ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "dynamic": ("factor",)}
+ROPE_PARAMETERS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
+ROPE_PARAMETERS |= {"yarn": ("factor",), "longrope": ("short_factor", "long_factor")}
+
+
+class UsageError(ValueError):
+    """A mistake in a flag, a file or an argument: the message names it and the way out. The commands exit with code
+    2."""
+
+
+def require(condition: object, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UsageError where the file is absent or holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path} not found: name a directory that holds a Llama checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    require(isinstance(value, dict), f"{path} holds no JSON object")
+    return value
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=2, default=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def read_fields(cls: type, raw: dict, path: Path) -> dict:
+    """What `raw` gives for the fields of a dataclass, null counting as absent; UsageError for a size that is none."""
+    known = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
+    for field in fields(cls):
+        if field.type == "int":
+            value = known.get(field.name, field.default)
+            ok = isinstance(value, int) and (value > 0 or value == field.default)
+            require(ok, f"{path}: {field.name} must be a positive integer, it is {raw.get(field.name)!r}")
+    dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"  # transformers 4 and 5
+    require(dtype in DTYPES, f"{path}: dtype {dtype!r} is not supported, {', '.join(DTYPES)} are")
+    return known | {"torch_dtype": DTYPES[dtype]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """HF's `LlamaConfig`, read from `config.json` as transformers 4 or 5 writes it, with HF's defaults.
+
+    Differs: holds only what inference reads, and refuses by name what this file cannot compute.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # need not be hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict  # transformers 5's form: rope_type, rope_theta, and what the type needs
+    attention_bias: bool = False  # on q, k, v and o_proj, as in HF
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    eos_token_id: tuple[int, ...]  # generation_config.json's where it has any, as HF's generate() does
+    torch_dtype: torch.dtype
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> LlamaConfig:
+        """Reads `config.json`, and `generation_config.json` where there is one.
+
+        Raises UsageError, naming file and key, for another architecture, a quantized checkpoint, keys that are missing,
+        head counts that do not divide, and dtypes, activations and rope types that are not known here.
+        """
+        path = Path(directory) / "config.json"
+        raw = read_json(path)
+        names = raw.get("architectures") or ["LlamaForCausalLM"]
+        known = names == ["LlamaForCausalLM"] and raw.get("model_type", "llama") == "llama"
+        require(known, f"{path}: {names} of model_type {raw.get('model_type')!r} is not supported, LlamaForCausalLM is")
+        require(
+            not raw.get("quantization_config"), f"{path}: quantization_config is not supported, dequantize it first"
+        )
+        heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+        if not raw.get("head_dim") and heads and hidden:
+            require(
+                hidden % heads == 0, f"{path}: no head_dim, and hidden_size {hidden} is no multiple of {heads} heads"
+            )
+            raw["head_dim"] = hidden // heads
+        raw["rope_parameters"] = standardize_rope_parameters(raw, path)
+        generation = path.with_name("generation_config.json")
+        eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+        eos = raw.get("eos_token_id") if eos is None else eos
+        raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        config = cls(**read_fields(cls, raw, path))
+        heads, kv_heads, act = config.num_attention_heads, config.num_key_value_heads, config.hidden_act
+        require(heads % kv_heads == 0, f"{path}: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+        require(act in ACT2FN, f"{path}: hidden_act {act!r} is not supported, {', '.join(ACT2FN)} are")
+        return config
+
+    @property
+    def rope_limit(self) -> int | None:
+        """The most positions that a static graph can serve; None where the rotary embedding sets no limit.
+
+        Beyond it `dynamic` and `longrope` take other frequencies (HF's `dynamic_rope_update`), while the keys in the
+        cache stay rotated by the old ones. A compiled graph has one set, chosen before any length is known.
+        """
+        original = self.rope_parameters.get("original_max_position_embeddings")
+        return {"dynamic": self.max_position_embeddings, "longrope": original}.get(self.rope_parameters["rope_type"])
+
+
+def standardize_rope_parameters(raw: dict, path: Path) -> dict:
+    """`rope_parameters` in transformers 5's form, from either form (HF's `standardize_rope_params`). Raises
+    UsageError."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
+    rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
+    require(kind in ROPE_PARAMETERS, f"{path}: rope_type {kind!r} is not supported, {', '.join(ROPE_PARAMETERS)} are")
+    missing = ", ".join(key for key in ROPE_PARAMETERS[kind] if key not in rope)
+    require(not missing, f"{path}: rope_type {kind!r} needs {missing}")
+    part = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    require(part == 1.0, f"{path}: partial_rotary_factor {part} is not supported, Llama rotates whole heads")
+    if kind in ("llama3", "yarn", "longrope"):
+        original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original or raw.get("max_position_embeddings", 2048)
+    return rope
+
+
+@dataclass(frozen=True)
+class NeuronConfig:
+    """What is fixed before anything is compiled: `neuron_config.json`, in the key names of Optimum's
+    `NxDNeuronConfig`."""
+
+    tp_degree: int = 1  # ranks that the weights are sharded over
+    batch_size: int = 1  # rows of the KV cache
+    sequence_length: int = 2048  # slots of the KV cache: prompt and new tokens together
+    torch_dtype: torch.dtype = torch.bfloat16
+    fused_qkv: bool = True  # one Wqkv for q, k and v: the only layout here
+    prefill_chunk_size: int = 0  # 0: the whole prompt at once
+    output_logits: bool = False  # whether a compiled graph returns logits beside the ids
+    on_device_sampling: bool = True  # ranks exchange one (value, index) pair for a token, not their logits
+    vocab_parallel: bool = False  # embed_tokens sharded by vocabulary instead of by hidden size
+
+    @classmethod
+    def for_checkpoint(cls, ckpt: str | Path, config: LlamaConfig, **flags: int | torch.dtype | None) -> NeuronConfig:
+        """`neuron_config.json`, or the defaults for an HF directory, under those flags that are not None.
+
+        Raises UsageError for a file that is not right, for shards made for another tp_degree, and for a sequence_length
+        that exceeds `rope_limit`. Keys of Optimum's that mean nothing here are left alone.
+        """
+        flags = {key: value for key, value in flags.items() if value is not None}
+        limit = config.rope_limit
+        if is_converted(ckpt):
+            path = Path(ckpt) / "neuron_config.json"
+            neuron = cls(**read_fields(cls, read_json(path), path))
+            require(neuron.fused_qkv, f"{path}: fused_qkv is not true, convert again with convert_weights.py")
+            made, asked = neuron.tp_degree, flags.get("tp_degree", neuron.tp_degree)
+            require(
+                made == asked, f"{ckpt} was converted for --tp {made}: use that, or convert again with --tp {asked}"
+            )
+        else:
+            length = min(2048, config.max_position_embeddings, limit or 2048)
+            neuron = cls(sequence_length=length, torch_dtype=config.torch_dtype)
+        neuron = replace(neuron, **flags)
+        require(
+            limit is None or neuron.sequence_length <= limit,
+            f"--sequence-length {neuron.sequence_length} exceeds {limit}, where {config.rope_parameters['rope_type']} rope"
+            f" takes other frequencies as the text grows, which a static graph cannot: use {limit} or less",
+        )
+        return neuron
+
+
+def is_converted(ckpt: str | Path) -> bool:
+    """Whether `convert_weights.py` wrote (and finished) this directory; an HF directory has no `neuron_config.json`."""
+    return (Path(ckpt) / "neuron_config.json").exists()
+
+
+Heads = list[int | None]  # HF's numbers of the heads that a rank holds, in its order; None is a head of zeros
+
+
+def shard_heads(num_attention_heads: int, num_key_value_heads: int, tp_degree: int) -> list[tuple[Heads, Heads]]:
+    """Which query heads and which KV heads each rank holds: NxD's rules (`get_shardable_head_counts` in `gqa.py`).
+
+    - tp % kv_heads == 0, REPLICATE_TO_TP_DEGREE: a rank has one KV head, each KV head stands on tp/kv_heads ranks, and
+      the query heads of a KV group are padded until its ranks divide them.
+    - otherwise CONVERT_TO_MHA: where tp divides kv_heads, both are simply dealt out; where not, each query head gets a
+      copy of its KV head, and query and KV heads are padded at the tail until tp divides them.
+
+    Returns (query heads, KV heads) of each rank. A rank's query head i attends to its KV head i // G.
+    """
+    group = num_attention_heads // num_key_value_heads
+    padding: Heads = [None] * (-num_attention_heads % tp_degree)
+    if tp_degree % num_key_value_heads == 0:
+        slots = (num_attention_heads + len(padding)) // num_key_value_heads  # query heads of a KV group, with padding
+        query = [k * group + i if i < group else None for k in range(num_key_value_heads) for i in range(slots)]
+        key = [k for k in range(num_key_value_heads) for _ in range(tp_degree // num_key_value_heads)]
+    else:
+        query = [*range(num_attention_heads), *padding]
+        key = [*range(num_key_value_heads)]
+        if num_key_value_heads % tp_degree:
+            key = [head // group for head in range(num_attention_heads)] + padding
+    h, k = len(query) // tp_degree, len(key) // tp_degree
+    return [(query[r * h : (r + 1) * h], key[r * k : (r + 1) * k]) for r in range(tp_degree)]
+
+
+# ------------------------------------------------------------------------------------------------------ parallel layers
+#
+# The part of `neuronx_distributed.parallel_layers.layers` that Llama uses, on `torch.distributed`, with the arguments
+# and tensor names of the originals. Weights are shards from the start: nothing here ever holds a whole matrix.
+
+
+def get_tensor_model_parallel_size() -> int:
+    """Ranks in the default process group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
+    """All ranks' x side by side on the last dimension: [..., n] -> [..., tp * n]."""
+    tp = get_tensor_model_parallel_size()
+    if tp == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(tp)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
+    """The sum of all ranks' x, in x's dtype. Overwrites x."""
+    if get_tensor_model_parallel_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def divide(size: int, pad: bool) -> int:
+    """A rank's share of `size`, rounded up where `pad` allows it; ValueError where it does not and tp does not
+    divide."""
+    tp = get_tensor_model_parallel_size()
+    if size % tp and not pad:
+        raise ValueError(f"size {size} is not divisible by tensor-parallel degree {tp}, and pad=False")
+    return -(-size // tp)
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class SPMDRank(nn.Module):
+    """NxD's `SPMDRank`: the rank as a tensor, int32 [1], from the shard.
+
+    Why: one graph is traced, as rank 0, and runs on every rank; `dist.get_rank()` in a forward would be traced as 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = empty_parameter(1, dtype=torch.int32)
+
+    def get_rank(self) -> Tensor:
+        return self.rank
+
+
+class ColumnParallelLinear(nn.Module):
+    """Beside HF's `nn.Linear`: each rank computes a slice of the output features.
+
+    weight [output_size / tp, input_size], bias [output_size / tp]; `pad` rounds output_size up. The output stays
+    sharded, or is gathered and its padding cut off (`gather_output`). Differs from NxD's in that bias is added inside
+    the product, as in HF; NxD adds it to the rounded product.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, bias=True, gather_output=True, dtype=torch.float32, pad=False
+    ) -> None:
+        super().__init__()
+        self.output_size, self.gather_output = output_size, gather_output
+        self.weight = empty_parameter(divide(output_size, pad), input_size, dtype=dtype)
+        self.bias = empty_parameter(divide(output_size, pad), dtype=dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return gather_from_tensor_model_parallel_region(y)[..., : self.output_size] if self.gather_output else y
+
+
+class RowParallelLinear(nn.Module):
+    """Beside HF's `nn.Linear`: each rank multiplies its slice of the input features, and the ranks' products are
+    summed.
+
+    weight [output_size, input_size / tp]; bias [output_size], on every rank, added once, after the sum. The input has
+    to be sharded already. The sum is in float32, NxD's default `reduce_dtype`: more ranks do not mean more rounding.
+    """
+
+    def __init__(
+        self, input_size: int, output_size: int, bias=True, input_is_parallel=False, dtype=torch.float32, pad=False
+    ) -> None:
+        super().__init__()
+        if not input_is_parallel:
+            raise ValueError("RowParallelLinear: only input_is_parallel=True is here, Llama needs no other")
+        self.weight = empty_parameter(output_size, divide(input_size, pad), dtype=dtype)
+        self.bias = empty_parameter(output_size, dtype=dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if get_tensor_model_parallel_size() == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).float()).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class ParallelEmbedding(nn.Module):
+    """Beside HF's `nn.Embedding`: each rank holds a slice of every row, or all of some rows.
+
+    `shard_across_embedding`: weight [num_embeddings, embedding_dim / tp], and the slices are gathered. Otherwise weight
+    [num_embeddings / tp, embedding_dim]: a rank looks up the rows it has, takes zeros for others, and the ranks are
+    summed. Which rows those are follows from `rank_util.rank` (`use_spmd_rank`: without it NxD's traced graph takes
+    every rank for rank 0).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype=torch.float32,
+        shard_across_embedding=False,
+        pad=False,
+        use_spmd_rank=False,
+    ) -> None:
+        super().__init__()
+        self.embedding_dim, self.shard_across_embedding = embedding_dim, shard_across_embedding
+        if shard_across_embedding:
+            self.weight = empty_parameter(num_embeddings, divide(embedding_dim, pad), dtype=dtype)
+        elif use_spmd_rank:
+            self.weight = empty_parameter(divide(num_embeddings, pad), embedding_dim, dtype=dtype)
+            self.rank_util = SPMDRank()
+        else:
+            raise ValueError("ParallelEmbedding: sharding by vocabulary needs use_spmd_rank=True")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.shard_across_embedding:
+            x = F.embedding(input_ids, self.weight)
+            return gather_from_tensor_model_parallel_region(x)[..., : self.embedding_dim]
+        row = input_ids - self.rank_util.get_rank() * self.weight.shape[0]
+        here = (row >= 0) & (row < self.weight.shape[0])
+        x = F.embedding(torch.where(here, row, 0), self.weight)
+        return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0))
+
+
+# -------------------------------------------------------------------------------------------- RMSNorm, rotary embedding
+
+
+class LlamaRMSNorm(nn.Module):
+    """HF's `LlamaRMSNorm` (Zhang and Sennrich 2019, arXiv:1910.07467), unchanged: x / sqrt(mean(x^2) + eps) * weight.
+
+    Whole on every rank. Statistics in float32, cast back before the weight is applied.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = empty_parameter(hidden_size, dtype=dtype)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Beside HF's `LlamaRotaryEmbedding` (Su et al. 2021, arXiv:2104.09864): cos and sin of position * inv_freq.
+
+    inv_freq[i] = theta^(-2i/D), divided by `factor` where the type is `linear`. Float32 to the end, then x's dtype.
+    Differs: the frequencies never change, because a compiled graph holds them as constants (`LlamaConfig.rope_limit`).
+    """
+
+    def __init__(self, inv_freq: Tensor, attention_scaling: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)  # D/2
+        self.attention_scaling = attention_scaling
+
+    @classmethod
+    def from_config(cls, config: LlamaConfig) -> RotaryEmbedding:
+        """The rotary embedding of the config's rope_type. Raises UsageError where transformers is needed and absent."""
+        rope = config.rope_parameters
+        inv_freq = 1.0 / rope["rope_theta"] ** (
+            torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        )
+        if rope["rope_type"] == "default":
+            return cls(inv_freq)
+        if rope["rope_type"] == "linear":
+            return cls(inv_freq / rope["factor"])
+        if rope["rope_type"] == "llama3":
+            return Llama3RotaryEmbedding(inv_freq, rope)
+        return cls(*transformers_rope(config))
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq  # B T D/2
+        emb = torch.cat((freqs, freqs), dim=-1)  # B T D
+        cos, sin = emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class Llama3RotaryEmbedding(RotaryEmbedding):
+    """Beside HF's `_compute_llama3_parameters` (Llama 3.1), under Optimum's and NxDI's name: frequencies whose waves
+    are longer than the original context / low_freq_factor are divided by `factor`, those of waves shorter than it /
+    high_freq_factor are kept, and those between are blended."""
+
+    def __init__(self, inv_freq: Tensor, rope: dict) -> None:
+        low, high, original = (
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+        wavelen = 2 * torch.pi / inv_freq
+        divided = inv_freq / rope["factor"]
+        smooth = (original / wavelen - low) / (high - low)
+        blended = (1 - smooth) * divided + smooth * inv_freq
+        kept_or_blended = torch.where(wavelen < original / high, inv_freq, blended)
+        super().__init__(torch.where(wavelen > original / low, divided, kept_or_blended))
+
+
+def transformers_rope(config: LlamaConfig) -> tuple[Tensor, float]:
+    """inv_freq float32 [D/2] and attention scaling of the other types, from transformers' `ROPE_INIT_FUNCTIONS`.
+
+    Raises UsageError where transformers is not installed.
+    """
+    rope = dict(config.rope_parameters)
+    try:
+        from transformers import LlamaConfig as HFLlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    except ImportError:
+        way_out = "pip install transformers"
+        raise UsageError(
+            f"config.json: rope_type {rope['rope_type']!r} is computed by transformers: {way_out}"
+        ) from None
+    hf_config = HFLlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling=rope,
+    )
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, torch.device("cpu"))
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """HF's `rotate_half`: the two halves of each head, swapped, the new first one negated."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """HF's `apply_rotary_pos_emb`: q [B,H,T,D] and k [B,K,T,D], rotated by cos and sin [B,T,D]."""
+    cos, sin = cos[:, None], sin[:, None]  # B 1 T D
+    return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
+
+
+# -------------------------------------------------------------------------------------------------- KV cache, attention
+
+
+class KVCache(nn.Module):
+    """Beside HF's `StaticLayer`: keys and values of one layer on one rank, [B, K, sequence_length, D] each.
+
+    Differs: every row of the batch writes at its own positions, and attention reads the first `length` slots only.
+    Why: Neuron compiles one graph for one shape, so that the cache cannot grow with the text. Slots written by padding
+    are written again before a query of their row comes far enough to see them.
+    """
+
+    def __init__(self, batch_size: int, kv_heads: int, sequence_length: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        shape = (batch_size, kv_heads, sequence_length, head_dim)
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype), persistent=False)
+
+    def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
+        index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
+        # in place: torch.scatter would copy the whole cache for every token
+        self.k.scatter_(2, index, k)
+        self.v.scatter_(2, index, v)
+        return self.k[:, :, :length], self.v[:, :, :length]
+
+
+def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """HF's `eager_attention_forward`, op by op: q [B,K,G*T,D], k and v [B,K,S,D], mask [B,1,T,S] -> [B,K,G*T,D].
+
+    Differs: the query heads of a KV head lie side by side, so that k and v are not copied G times (`repeat_kv`); the
+    mask puts -1e9 in the place of a score, where HF adds finfo.min: exp() so near the end of bfloat16's range gives NaN
+    on Neuron.
+    """
+    scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # B K G*T S
+    grouped = scores.unflatten(2, (-1, mask.shape[2])).float()  # B K G T S
+    scores = torch.where(mask[:, :, None], grouped, -1e9).flatten(2, 3)  # B K G*T S
+    return torch.matmul(F.softmax(scores, dim=-1).to(q.dtype), v)
+
+
+def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """HF's `sdpa_attention_forward`: torch's fused kernel, on the shapes of `eager_attention_forward`."""
+    groups = q.shape[2] // mask.shape[2]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, groups, 1), scale=scaling)
+
+
+ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
+
+
+class LlamaAttention(nn.Module):
+    """Beside HF's `LlamaAttention` (in Optimum and NxDI: `NeuronAttentionBase`).
+
+    Differs: q_proj, k_proj and v_proj are one `Wqkv`, sharded by heads (`shard_heads`), a rank's rows in the order q,
+    k, v; o_proj is sharded over its input; the cache is static.
+    Why: one large product keeps a NeuronCore busier than three small ones, and no head looks at another, so that the
+    whole of attention takes one all-reduce, after o_proj.
+    """
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+        super().__init__()
+        hidden, bias, dtype, tp = config.hidden_size, config.attention_bias, neuron.torch_dtype, neuron.tp_degree
+        query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]  # as many on every rank
+        self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), config.head_dim  # H, K, D
+        self.scaling = self.head_dim**-0.5
+        self.attention = ATTENTION[attn]
+        q_size, kv_size = tp * self.num_heads * self.head_dim, tp * self.num_kv_heads * self.head_dim
+        self.Wqkv = ColumnParallelLinear(hidden, q_size + 2 * kv_size, bias=bias, gather_output=False, dtype=dtype)
+        self.o_proj = RowParallelLinear(q_size, hidden, bias=bias, input_is_parallel=True, dtype=dtype)
+        self.kv_cache = KVCache(neuron.batch_size, self.num_kv_heads, neuron.sequence_length, self.head_dim, dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
+        q, k, v = self.Wqkv(x).view(B, T, H + 2 * K, D).transpose(1, 2).tensor_split((H, H + K), dim=1)  # B H|K|K T D
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        k, v = self.kv_cache.update(k, v, position_ids, length=mask.shape[-1])  # B K S D
+        y = self.attention(q.reshape(B, K, -1, D), k, v, mask, self.scaling)  # B K G*T D
+        return self.o_proj(y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
+
+
+# --------------------------------------------------------------------------------------------------- MLP, layers, model
+
+
+class LlamaMLP(nn.Module):
+    """Beside HF's `LlamaMLP` (SwiGLU: Shazeer 2020, arXiv:2002.05202).
+
+    Differs: gate_proj and up_proj are sharded over their output and down_proj over its input, so that intermediate
+    features stay on their rank; intermediate_size is padded until tp divides it, which adds zero columns to down_proj.
+    """
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        kwargs = {"bias": config.mlp_bias, "dtype": neuron.torch_dtype, "pad": True}
+        self.gate_proj = ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
+        self.up_proj = ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
+        self.down_proj = RowParallelLinear(inner, hidden, input_is_parallel=True, **kwargs)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """HF's `LlamaDecoderLayer`, unchanged: two residual blocks, each normed before."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, neuron, attn)
+        self.mlp = LlamaMLP(config, neuron)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, position_ids)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Beside HF's `LlamaModel`.
+
+    Differs: embed_tokens is sharded, and the causal mask compares cache slots with positions, so that prefill, chunked
+    prefill and decode are this one forward at different T.
+    """
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+        super().__init__()
+        self.embed_tokens = ParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=neuron.torch_dtype,
+            shard_across_embedding=not neuron.vocab_parallel,
+            pad=True,
+            use_spmd_rank=neuron.vocab_parallel,
+        )
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, neuron, attn) for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
+        self.rotary_emb = RotaryEmbedding.from_config(config)
+        self.sequence_length = neuron.sequence_length
+        self.cache_bucket = neuron.sequence_length  # S, a constant of the graph and no input of it
+
+    def set_cache_bucket(self, tokens: int) -> None:
+        """Let attention read only as many cache slots as `tokens` need: a power of two, 128 at least.
+
+        Cost follows the text and not the cache, and there are few graphs to compile. Fewer than 16 slots are taken as
+        they are: torch adds up a softmax shorter than a vector register in another order, and here HF's bits are kept.
+        """
+        bucket = tokens if tokens < 16 else max(128, 1 << (tokens - 1).bit_length())
+        self.cache_bucket = min(bucket, self.sequence_length)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """input_ids and position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
+        x = self.embed_tokens(input_ids)  # B T E
+        cos, sin = self.rotary_emb(x, position_ids)  # B T D
+        slots = torch.arange(self.cache_bucket, dtype=torch.int32, device=x.device)  # S
+        mask = (slots <= position_ids[..., None])[:, None]  # B 1 T S: a token sees itself and what came before
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, position_ids)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Beside HF's `LlamaForCausalLM`.
+
+    Differs: lm_head is sharded by vocabulary, padded until tp divides it; the greedy choice takes one (value, index)
+    pair from each rank instead of its logits.
+    """
+
+    def __init__(self, config: LlamaConfig, neuron_config: NeuronConfig, attn: str = "eager") -> None:
+        super().__init__()
+        self.config, self.neuron_config = config, neuron_config
+        self.model = LlamaModel(config, neuron_config, attn)
+        kwargs = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype, "pad": True}
+        self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, **kwargs)
+        self.rank_util = SPMDRank()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V] of every position, the same on every
+        rank."""
+        logits = gather_from_tensor_model_parallel_region(self.lm_head(self.model(input_ids, position_ids)))
+        return logits[..., : self.config.vocab_size].float()
+
+    def greedy(self, hidden_states: Tensor) -> Tensor:
+        """[B,E] -> int32 [B]: the first index of the largest logit, as argmax over gathered logits finds it."""
+        logits = self.lm_head(hidden_states).float()  # B V/tp
+        first = self.rank_util.get_rank() * logits.shape[-1]
+        vocabulary = first + torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)  # V/tp
+        # the padding's logits are 0, which would win where all others are negative
+        value, index = torch.where(vocabulary < self.config.vocab_size, logits, -1e9).max(dim=-1)  # B
+        # float32 holds every index below 2^24, so that one collective carries both
+        pair = torch.stack((value, (index + first).float()), dim=-1)  # B 2
+        values, indices = gather_from_tensor_model_parallel_region(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
+        return indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1).int()
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def shares_embedding(config: LlamaConfig, neuron: NeuronConfig) -> bool:
+    """Whether a rank's embed_tokens.weight serves as its lm_head.weight: tied, and sharded in the same way."""
+    return config.tie_word_embeddings and (neuron.tp_degree == 1 or neuron.vocab_parallel)
+
+
+def shard_path(ckpt: str | Path, rank: int) -> Path:
+    """A rank's file, under NxD's name."""
+    return Path(ckpt) / f"tp{rank}_sharded_checkpoint.safetensors"
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped. Raises UsageError where it is absent or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read, convert again: {error}") from None
+
+
+def load_model(
+    ckpt: str | Path,
+    *,
+    tp_degree: int = 1,
+    tp_rank: int = 0,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    attn: str = "eager",
+) -> LlamaForCausalLM:
+    """One rank's model, from what `convert_weights.py` wrote or from an HF directory, of which it reads its slices.
+
+    With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
+    of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. Weights stay memory-mapped where
+    dtype is theirs. Raises UsageError for what is wrong with the files, ValueError where the process group does not
+    fit.
+    """
+    config = LlamaConfig.from_pretrained(ckpt)
+    flags = {"tp_degree": tp_degree, "batch_size": batch_size, "sequence_length": sequence_length, "torch_dtype": dtype}
+    neuron = NeuronConfig.for_checkpoint(ckpt, config, **flags)
+    if get_tensor_model_parallel_size() != tp_degree:
+        raise ValueError(f"tp_degree {tp_degree}, but the process group has {get_tensor_model_parallel_size()} ranks")
+    if is_converted(ckpt):
+        state = read_shard(shard_path(ckpt, tp_rank))
+    else:
+        from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
+
+        state = dict(shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, tp_rank))
+    state = {
+        name: tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    if shares_embedding(config, neuron):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = LlamaForCausalLM(config, neuron, attn)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{shard_path(ckpt, tp_rank)} does not fit config.json, convert again: {reason}") from None
+    return model.eval().to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronConfig) -> None:
+    """Raises UsageError for prompts that the static batch or the cache cannot take, or ids outside the vocabulary."""
+    fits = 0 < len(prompts) <= neuron.batch_size
+    require(fits, f"{len(prompts)} prompts do not fit --batch-size {neuron.batch_size}: raise it to {len(prompts)}")
+    for number, prompt in enumerate(prompts, start=1):
+        room = f"which leaves no room in --sequence-length {neuron.sequence_length}: raise it, or shorten the prompt"
+        require(prompt, f"prompt {number} is empty: give it at least one token")
+        require(len(prompt) < neuron.sequence_length, f"prompt {number} has {len(prompt)} tokens, {room}")
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        require(not wrong, f"prompt {number}: token id {wrong[:1]} is outside the vocabulary of {config.vocab_size}")
+
+
+def next_tokens(
+    model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None
+) -> list[int]:
+    """One forward over ids and positions [B,T], and the greedy choice at `last` [B]: prefill at T > 1, decode at T =
+    1."""
+    device = model.rank_util.rank.device
+    ids, positions, last, rows = (
+        ids.to(device),
+        positions.to(device),
+        last.to(device),
+        torch.arange(len(ids), device=device),
+    )
+    if logits is None:
+        return model.greedy(model.model(ids, positions)[rows, last]).tolist()
+    logits.append(model(ids, positions))
+    return logits[-1][rows, last].argmax(-1).tolist()
+
+
+@torch.inference_mode()
+def greedy_steps(
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...] | list[int],
+    logits: list[Tensor] | None = None,
+) -> Iterator[list[int | None]]:
+    """Greedy decoding: at each step the new id of each prompt, None where it has ended.
+
+    A text ends with an EOS id, with max_new_tokens, or where prompt and new ids fill the cache. Prompts are padded on
+    the right to the longest. The batch is static: rows that ended, and rows without a prompt, are computed and not
+    looked at. A list given as `logits` receives what was computed: float32 [B,P,V] for the prompts, then [B,1,V] for
+    each token. Raises UsageError for prompts that `check_prompts` refuses.
+    """
+    neuron = model.neuron_config
+    check_prompts(prompts, model.config, neuron)
+    rows = prompts + [[0]] * (neuron.batch_size - len(prompts))
+    room = [min(max_new_tokens, neuron.sequence_length - len(prompt)) for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int32)  # B P
+    positions = torch.arange(longest, dtype=torch.int32).expand_as(ids)  # B P
+    last = torch.tensor([len(row) - 1 for row in rows])  # B, then zeros: T is 1 while decoding
+    ends = (last + 1).int()  # B: the first free slot of each row
+    step = 0
+    while step < max(room):
+        model.model.set_cache_bucket(longest + step)
+        new = next_tokens(model, ids, positions, last, logits)
+        yield [token if step < left else None for token, left in zip(new, room, strict=False)]
+        room = [min(left, step + 1) if token in eos_token_ids else left for token, left in zip(new, room, strict=False)]
+        ids, last = torch.tensor(new, dtype=torch.int32)[:, None], torch.zeros_like(last)  # B 1
+        positions = (ends + step).clamp(max=neuron.sequence_length - 1)[:, None]  # B 1: an ended row stays in the cache
+        step += 1
+
+
+def generate(
+    model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int, eos_token_ids: tuple[int, ...] | list[int]
+) -> list[list[int]]:
+    """The new ids of each prompt, the EOS id included where one ended it: `greedy_steps`, collected."""
+    steps = greedy_steps(model, prompts, max_new_tokens, eos_token_ids)
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def positive(text: str) -> int:
+    """argparse type of a count."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def token_ids(text: str) -> list[int]:
+    """argparse type of --prompt-ids."""
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 1,2,3") from None
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="llama_neuron.py", description="Llama, greedy, computed as on AWS Neuron.")
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote, or an HF directory as it is")
+    add("--tp", type=positive, metavar="N", help="tensor-parallel ranks (default: as converted, else 1)")
+    add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: standard input")
+    add(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=token_ids,
+        metavar="1,2,3",
+        help="token ids instead of text",
+    )
+    add("--max-new-tokens", type=positive, default=64, metavar="M", help="default: %(default)s")
+    add("--batch-size", type=positive, metavar="B", help="rows of the static batch (default: enough for the prompts)")
+    add(
+        "--sequence-length", type=positive, metavar="S", help="prompt and new tokens (default: as converted, else 2048)"
+    )
+    add("--dtype", choices=DTYPES, help="default: as converted, else the checkpoint's")
+    add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
+    add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--output-logits", metavar="FILE", help="write the logits of every position and the ids to a safetensors file")
+    return parser.parse_args(argv)
+
+
+class Text:
+    """Ids to text and back with DIR/tokenizer.json; without one, ids are shown as they are."""
+
+    def __init__(self, ckpt: str) -> None:
+        self.tokenizer, path = None, Path(ckpt) / "tokenizer.json"
+        if path.exists():
+            from tokenizers import Tokenizer
+
+            self.tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        require(
+            self.tokenizer, "no tokenizer.json beside config.json: give --prompt-ids, or save one with transformers"
+        )
+        return self.tokenizer.encode(prompt).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids) if self.tokenizer else " ".join(map(str, ids))
+
+    def stream(self) -> Callable[[int], None]:
+        """A function that prints a text token by token; bytes of an unfinished character wait for the rest."""
+        if self.tokenizer is None:
+            return lambda token: print(token, end=" ", flush=True)
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=True)
+        return lambda token: print(decoder.step(self.tokenizer, token) or "", end="", flush=True)
+
+
+def read_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """Token ids of --prompt and --prompt-ids, else of piped standard input, else of a built-in sentence."""
+    piped = "" if args.prompts or sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    text = Text(args.ckpt)
+    return [text.encode(prompt) for prompt in args.prompts or [piped or "The capital of France is"]]
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Checks what can be wrong with flags and files before any rank starts, and fills in what was left open."""
+    config = LlamaConfig.from_pretrained(args.ckpt)
+    flags = {"tp_degree": args.tp, "sequence_length": args.sequence_length, "batch_size": args.batch_size}
+    neuron = NeuronConfig.for_checkpoint(args.ckpt, config, **flags)
+    if args.batch_size is None:
+        neuron = replace(neuron, batch_size=max(neuron.batch_size, len(args.prompts)))
+    check_prompts(args.prompts, config, neuron)
+    args.tp, args.batch_size = neuron.tp_degree, neuron.batch_size
+    if is_converted(args.ckpt):
+        for path in (shard_path(args.ckpt, rank) for rank in range(args.tp)):
+            require(path.exists(), f"{path} not found: convert again with convert_weights.py --tp {args.tp}")
+    else:
+        from convert_weights import open_checkpoint
+
+        open_checkpoint(args.ckpt, config)
+    folder = Path(args.output_logits or ".").resolve().parent
+    require(folder.is_dir(), f"--output-logits {args.output_logits}: {folder} is not a directory, make it first")
+
+
+def run(args: argparse.Namespace) -> None:
+    """One rank's work, once its process group is there: load, generate, and on rank 0 show what came out."""
+    clock = [time.perf_counter()]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    flags = {"dtype": DTYPES.get(args.dtype), "batch_size": args.batch_size, "sequence_length": args.sequence_length}
+    model = load_model(args.ckpt, tp_degree=args.tp, tp_rank=rank, attn=args.attn, **flags)
+    eos = () if args.ignore_eos else model.config.eos_token_id
+    text = Text(args.ckpt)
+    # one text is shown as it is made; several would mix, and are shown at the end
+    streams = rank == 0 and not args.json and len(args.prompts) == 1
+    show = text.stream() if streams else lambda token: None
+    for token in args.prompts[0]:
+        show(token)
+    logits: list[Tensor] | None = [] if args.output_logits else None
+    completions: list[list[int]] = [[] for _ in args.prompts]
+    clock.append(time.perf_counter())  # and the end of each step
+    for step in greedy_steps(model, args.prompts, args.max_new_tokens, eos, logits):
+        clock.append(time.perf_counter())
+        for ids, token in zip(completions, step, strict=True):
+            if token is not None:
+                ids.append(token)
+        show(completions[0][-1])
+    if rank != 0:
+        return
+    timings = measure(model, args.prompts, completions, clock)
+    if logits is not None:
+        save_logits(args.output_logits, args.prompts, completions, logits)
+    if args.json:
+        rows = [
+            {
+                "prompt": text.decode(prompt),
+                "prompt_ids": prompt,
+                "ids": ids,
+                "text": text.decode(ids),
+                "finish_reason": "eos" if ids[-1] in eos else "length",
+            }
+            for prompt, ids in zip(args.prompts, completions, strict=True)
+        ]
+        config = {"attn": args.attn, **asdict(model.neuron_config), **asdict(model.config)}
+        print(to_json({"completions": rows, "timings": timings, "config": config}))
+        return
+    print(
+        "" if streams else "\n\n".join(text.decode(p + ids) for p, ids in zip(args.prompts, completions, strict=True))
+    )
+    print(
+        f"load {timings['load_s']:.2f} s,"
+        f" prefill {timings['prefill_tokens']} tokens in {timings['prefill_s'] * 1e3:.0f} ms,"
+        f" decode {timings['decode_tokens']} at {timings['decode_tokens_per_s']:.1f} tokens/s,"
+        f" {timings['weight_gb_per_s']:.1f} GB/s of weights, peak memory {timings['peak_rss_bytes'] / 1e9:.2f} GB",
+        file=sys.stderr,
+    )
+
+
+def measure(
+    model: LlamaForCausalLM, prompts: list[list[int]], completions: list[list[int]], clock: list[float]
+) -> dict:
+    """The `timings` of --json, in seconds and bytes; `clock` holds start, loaded, and the end of each step.
+
+    A step reads every weight once, except an embedding table of which it only looks up rows.
+    """
+    table = 0 if shares_embedding(model.config, model.neuron_config) else model.model.embed_tokens.weight.nbytes
+    weights = sum({weight.data_ptr(): weight.nbytes for weight in model.parameters()}.values()) - table
+    weight_bytes = weights * model.neuron_config.tp_degree
+    tokens, decode_s = sum(len(ids) - 1 for ids in completions), clock[-1] - clock[2]
+    return {
+        "load_s": clock[1] - clock[0],
+        "compile_s": 0.0,
+        "prefill_s": clock[2] - clock[1],
+        "prefill_tokens": sum(map(len, prompts)),
+        "decode_s": decode_s,
+        "decode_tokens": tokens,
+        "decode_tokens_per_s": tokens / decode_s if tokens else 0.0,
+        "weight_bytes_per_token": weight_bytes,
+        "weight_gb_per_s": weight_bytes * (len(clock) - 3) / decode_s / 1e9 if tokens else 0.0,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0; Linux counts in KiB
+    }
+
+
+def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]], logits: list[Tensor]) -> None:
+    """--output-logits: float32 `logits` [B,P+M-1,V], row p computed at position p, and `ids` [B,P+M]; zeros on the
+    right."""
+    from safetensors.torch import save_file
+
+    texts = list(zip(prompts, completions, strict=True))
+    rows = [
+        torch.cat([logits[0][row, : len(prompt)], *(step[row] for step in logits[1 : len(ids)])])
+        for row, (prompt, ids) in enumerate(texts)
+    ]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    save_file({"logits": pad(rows), "ids": pad([torch.tensor(prompt + ids) for prompt, ids in texts])}, file)
+
+
+def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int) -> None:
+    """One of the processes that `--tp` starts."""
+    torch.set_num_threads(max(1, threads // args.tp))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.tp)
+    exit_on_usage_error(run, args)
+    dist.destroy_process_group()
+
+
+def run_torchrun(args: argparse.Namespace) -> None:
+    """One of the processes that torchrun started."""
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    require(args.tp in (None, ranks), f"--tp {args.tp}, but torchrun started {ranks} ranks: make them equal")
+    args.tp = ranks
+    prompts = [read_prompts(args) if dist.get_rank() == 0 else None]  # standard input can be read once
+    dist.broadcast_object_list(prompts)
+    args.prompts = prompts[0]
+    prepare(args)
+    run(args)
+    dist.destroy_process_group()
+
+
+def run_here(args: argparse.Namespace) -> None:
+    """Without torchrun: this process, or the --tp processes that it starts."""
+    args.prompts = read_prompts(args)
+    prepare(args)
+    if args.tp == 1:
+        return run(args)
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # fork: torch is imported once; nothing has been computed yet, so that no thread gets lost
+            job = (args, f"{folder}/store", torch.get_num_threads())
+            mp.start_processes(run_rank, job, nprocs=args.tp, start_method="fork")
+        except mp.ProcessExitedException as error:
+            sys.exit(error.exit_code)
+
+
+def exit_on_usage_error(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs a command; a user's mistake ends it with one line on stderr and exit code 2."""
+    try:
+        command(args)
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    exit_on_usage_error(run_torchrun if "TORCHELASTIC_RUN_ID" in os.environ else run_here, parse_args(None))
