@@ -194,12 +194,9 @@ def shard_checkpoint(
     kinds = {"attention": ["weight"] + ["bias"] * config.attention_bias, "mlp": ["weight"] + ["bias"] * config.mlp_bias}
     # NxD pads the bias of a column-parallel layer with the smallest number there is, all else with zeros
     fill = {"weight": 0.0, "bias": torch.finfo(neuron.torch_dtype).min}
-    ranks, embedding = torch.tensor([rank], dtype=torch.int32), "model.embed_tokens.weight"
+    embedding = "model.embed_tokens.weight"
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield "rank_util.rank", ranks
-        if neuron.vocab_parallel:
-            yield "model.embed_tokens.rank_util.rank", ranks
         yield embedding, padded(embedding, dim=0 if neuron.vocab_parallel else 1)
         for prefix in (f"model.layers.{layer}" for layer in range(config.num_hidden_layers)):
             q, k, v, o = (f"{prefix}.self_attn.{name}_proj" for name in "qkvo")
@@ -218,8 +215,10 @@ def shard_checkpoint(
         if not shares_embedding(config, neuron):
             yield "lm_head.weight", padded(embedding if config.tie_word_embeddings else "lm_head.weight", dim=0)
 
+    for name in ["rank_util.rank"] + ["model.embed_tokens.rank_util.rank"] * neuron.vocab_parallel:
+        yield name, torch.tensor([rank], dtype=torch.int32)
     for name, tensor in tensors():
-        yield name, tensor.contiguous() if tensor is ranks else tensor.to(neuron.torch_dtype).contiguous()
+        yield name, tensor.to(neuron.torch_dtype).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------- writing, command

@@ -206,8 +206,8 @@ class NeuronConfig:
         neuron = replace(neuron, **flags)
         require(
             limit is None or neuron.sequence_length <= limit,
-            f"--sequence-length {neuron.sequence_length} exceeds {limit}, where {config.rope_parameters['rope_type']} rope"
-            f" takes other frequencies as the text grows, which a static graph cannot: use {limit} or less",
+            f"--sequence-length {neuron.sequence_length} exceeds {limit}, where {config.rope_parameters['rope_type']}"
+            f" rope takes other frequencies as the text grows, which a static graph cannot: use {limit} or less",
         )
         return neuron
 
