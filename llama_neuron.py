@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -71,16 +71,21 @@ def to_json(value: object) -> str:
 
 
 def read_fields(cls: type, raw: dict, path: Path) -> dict:
-    """What `raw` gives for the fields of a dataclass, null counting as absent; UsageError for a size that is none."""
-    known = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
-    for field in fields(cls):
-        if field.type == "int":
-            value = known.get(field.name, field.default)
-            ok = isinstance(value, int) and (value > 0 or value == field.default)
-            require(ok, f"{path}: {field.name} must be a positive integer, it is {raw.get(field.name)!r}")
+    """What `raw` holds for the fields of a dataclass, null counting as absent. Raises UsageError for a wrong value."""
+    types = {"int": int, "int | None": int, "float": (int, float), "bool": bool, "str": str}
     dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"  # transformers 4 and 5
-    require(dtype in DTYPES, f"{path}: dtype {dtype!r} is not supported, {', '.join(DTYPES)} are")
-    return known | {"torch_dtype": DTYPES[dtype]}
+    require(dtype in list(DTYPES), f"{path}: dtype {dtype!r} is not supported, {', '.join(DTYPES)} are")
+    values: dict = {"torch_dtype": DTYPES[dtype]}
+    for field in fields(cls):
+        name, value = field.name, raw.get(field.name)
+        if field.type in types and (value is not None or (field.type == "int" and field.default is MISSING)):
+            kind = "positive integer" if field.type.startswith("int") else field.type
+            fits = isinstance(value, types[field.type]) and (
+                kind in ("bool", "str") or value > 0 or value == field.default
+            )
+            require(fits, f"{path}: {name} must be a {kind}, it is {value!r}")
+            values[name] = value
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +100,8 @@ class LlamaConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # need not be hidden_size / num_attention_heads
+    num_key_value_heads: int | None  # absent: num_attention_heads
+    head_dim: int | None  # absent: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
@@ -119,26 +124,22 @@ class LlamaConfig:
         names = raw.get("architectures") or ["LlamaForCausalLM"]
         known = names == ["LlamaForCausalLM"] and raw.get("model_type", "llama") == "llama"
         require(known, f"{path}: {names} of model_type {raw.get('model_type')!r} is not supported, LlamaForCausalLM is")
-        require(
-            not raw.get("quantization_config"), f"{path}: quantization_config is not supported, dequantize it first"
-        )
-        heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-        raw["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
-        if not raw.get("head_dim") and heads and hidden:
-            require(
-                hidden % heads == 0, f"{path}: no head_dim, and hidden_size {hidden} is no multiple of {heads} heads"
-            )
-            raw["head_dim"] = hidden // heads
-        raw["rope_parameters"] = standardize_rope_parameters(raw, path)
+        quantized = raw.get("quantization_config")
+        require(not quantized, f"{path}: quantization_config is not supported, dequantize it first")
+        values = read_fields(cls, raw, path)
+        heads, hidden, act = values["num_attention_heads"], values["hidden_size"], values.get("hidden_act", "silu")
+        kv_heads = values.setdefault("num_key_value_heads", heads)
+        whole = "head_dim" in values or hidden % heads == 0
+        require(whole, f"{path}: no head_dim, and hidden_size {hidden} is no multiple of {heads} heads")
+        values.setdefault("head_dim", hidden // heads)
+        require(heads % kv_heads == 0, f"{path}: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+        require(act in ACT2FN, f"{path}: hidden_act {act!r} is not supported, {', '.join(ACT2FN)} are")
         generation = path.with_name("generation_config.json")
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None
         eos = raw.get("eos_token_id") if eos is None else eos
-        raw["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        config = cls(**read_fields(cls, raw, path))
-        heads, kv_heads, act = config.num_attention_heads, config.num_key_value_heads, config.hidden_act
-        require(heads % kv_heads == 0, f"{path}: {heads} attention heads are no multiple of {kv_heads} key/value heads")
-        require(act in ACT2FN, f"{path}: hidden_act {act!r} is not supported, {', '.join(ACT2FN)} are")
-        return config
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        require(all(isinstance(token, int) for token in eos), f"{path}: eos_token_id {eos!r} must be token ids")
+        return cls(**values, rope_parameters=standardize_rope_parameters(raw, path), eos_token_id=eos)
 
     @property
     def rope_limit(self) -> int | None:
@@ -154,12 +155,18 @@ class LlamaConfig:
 def standardize_rope_parameters(raw: dict, path: Path) -> dict:
     """`rope_parameters` in transformers 5's form, from either form (HF's `standardize_rope_params`). Raises
     UsageError."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(given, dict), f"{path}: the rope parameters must be an object, they are {given!r}")
+    rope = dict(given)
     rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    require(kind in ROPE_PARAMETERS, f"{path}: rope_type {kind!r} is not supported, {', '.join(ROPE_PARAMETERS)} are")
-    missing = ", ".join(key for key in ROPE_PARAMETERS[kind] if key not in rope)
+    require(
+        kind in list(ROPE_PARAMETERS), f"{path}: rope_type {kind!r} is not supported, {', '.join(ROPE_PARAMETERS)} are"
+    )
+    missing = ", ".join(key for key in ROPE_PARAMETERS[kind] if rope.get(key) is None)
     require(not missing, f"{path}: rope_type {kind!r} needs {missing}")
+    texts = ", ".join(key for key, value in rope.items() if isinstance(value, str) and key != "rope_type")
+    require(not texts, f"{path}: rope parameters that must be numbers are not: {texts}")
     part = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     require(part == 1.0, f"{path}: partial_rotary_factor {part} is not supported, Llama rotates whole heads")
     if kind in ("llama3", "yarn", "longrope"):
@@ -704,11 +711,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, memory-mapped. Raises UsageError where it is absent or damaged."""
     from safetensors import SafetensorError, safe_open
 
+    rule = "convert again with convert_weights.py"
+    require(path.exists(), f"{path} not found: {rule}")
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read, convert again: {error}") from None
+        raise UsageError(f"{path} cannot be read, {rule}: {error}") from None
 
 
 def load_model(
@@ -848,8 +857,13 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 1,2,3") from None
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="llama_neuron.py", description="Llama, greedy, computed as on AWS Neuron.")
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; --help tells more")  # one line, without argparse's usage
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(description="Llama, greedy, computed as on AWS Neuron.")
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote, or an HF directory as it is")
     add("--tp", type=positive, metavar="N", help="tensor-parallel ranks (default: as converted, else 1)")
@@ -872,7 +886,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--output-logits", metavar="FILE", help="write the logits of every position and the ids to a safetensors file")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 class Text:
@@ -883,7 +897,10 @@ class Text:
         if path.exists():
             from tokenizers import Tokenizer
 
-            self.tokenizer = Tokenizer.from_file(str(path))
+            try:
+                self.tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the class that it raises
+                raise UsageError(f"{path} cannot be read, save it again with transformers: {error}") from None
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
@@ -908,7 +925,10 @@ class Text:
 
 def read_prompts(args: argparse.Namespace) -> list[list[int]]:
     """Token ids of --prompt and --prompt-ids, else of piped standard input, else of a built-in sentence."""
-    piped = "" if args.prompts or sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    try:
+        piped = "" if args.prompts or sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is no text, give --prompt or --prompt-ids: {error}") from None
     text = Text(args.ckpt)
     return [text.encode(prompt) for prompt in args.prompts or [piped or "The capital of France is"]]
 
@@ -923,14 +943,18 @@ def prepare(args: argparse.Namespace) -> None:
     check_prompts(args.prompts, config, neuron)
     args.tp, args.batch_size = neuron.tp_degree, neuron.batch_size
     if is_converted(args.ckpt):
-        for path in (shard_path(args.ckpt, rank) for rank in range(args.tp)):
-            require(path.exists(), f"{path} not found: convert again with convert_weights.py --tp {args.tp}")
+        for rank in range(args.tp):
+            read_shard(shard_path(args.ckpt, rank))
     else:
         from convert_weights import open_checkpoint
 
         open_checkpoint(args.ckpt, config)
-    folder = Path(args.output_logits or ".").resolve().parent
-    require(folder.is_dir(), f"--output-logits {args.output_logits}: {folder} is not a directory, make it first")
+    output = Path(args.output_logits or "logits.safetensors").resolve()
+    require(
+        output.parent.is_dir(),
+        f"--output-logits {args.output_logits}: {output.parent} is not a directory, make it first",
+    )
+    require(not output.is_dir(), f"--output-logits {args.output_logits} is a directory, name a file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -971,7 +995,7 @@ def run(args: argparse.Namespace) -> None:
             }
             for prompt, ids in zip(args.prompts, completions, strict=True)
         ]
-        config = {"attn": args.attn, **asdict(model.neuron_config), **asdict(model.config)}
+        config = {"attn": args.attn, **asdict(model.config), **asdict(model.neuron_config)}
         print(to_json({"completions": rows, "timings": timings, "config": config}))
         return
     print(
@@ -1025,17 +1049,26 @@ def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]
     save_file({"logits": pad(rows), "ids": pad([torch.tensor(prompt + ids) for prompt, ids in texts])}, file)
 
 
+def init_process_group(**kwargs: str | int) -> None:
+    """Joins the gloo group, which in torch 2.9 reports to stdout that it did; stdout belongs to the result."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    dist.init_process_group("gloo", **kwargs)
+    os.dup2(stdout, 1)
+    os.close(stdout)
+
+
 def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int) -> None:
     """One of the processes that `--tp` starts."""
     torch.set_num_threads(max(1, threads // args.tp))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.tp)
-    exit_on_usage_error(run, args)
+    init_process_group(init_method=f"file://{store}", rank=rank, world_size=args.tp)
+    exit_on_usage_error(partial(run, args))
     dist.destroy_process_group()
 
 
 def run_torchrun(args: argparse.Namespace) -> None:
     """One of the processes that torchrun started."""
-    dist.init_process_group("gloo")
+    init_process_group()
     ranks = dist.get_world_size()
     require(args.tp in (None, ranks), f"--tp {args.tp}, but torchrun started {ranks} ranks: make them equal")
     args.tp = ranks
@@ -1047,8 +1080,11 @@ def run_torchrun(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def run_here(args: argparse.Namespace) -> None:
-    """Without torchrun: this process, or the --tp processes that it starts."""
+def main() -> None:
+    """The command: here, in the processes that --tp starts here, or in those of torchrun."""
+    args = parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return run_torchrun(args)
     args.prompts = read_prompts(args)
     prepare(args)
     if args.tp == 1:
@@ -1064,14 +1100,15 @@ def run_here(args: argparse.Namespace) -> None:
             sys.exit(error.exit_code)
 
 
-def exit_on_usage_error(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def exit_on_usage_error(command: Callable[[], None]) -> None:
     """Runs a command; a user's mistake ends it with one line on stderr and exit code 2."""
     try:
-        command(args)
+        command()
     except UsageError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    exit_on_usage_error(run_torchrun if "TORCHELASTIC_RUN_ID" in os.environ else run_here, parse_args(None))
+    sys.modules["llama_neuron"] = sys.modules["__main__"]  # convert_weights imports this file: not a second time
+    exit_on_usage_error(main)

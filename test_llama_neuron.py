@@ -223,13 +223,15 @@ def run_ours(rank: int, tp: int, path: Path, attn: str, dtype: torch.dtype) -> t
 
 
 def assert_like_hf(results: list, hf) -> None:
-    """Every rank has HF's ids, and HF's logits within TOLERANCE."""
+    """Every rank has HF's ids, and HF's logits within TOLERANCE. Prints how far off they are (see them with -rP)."""
+    worst = 0.0
     for rows, ids in results:
         for prompt, row, new in zip(PROMPTS, rows, ids, strict=True):
             logits, expected = hf_greedy(hf, prompt, NEW_TOKENS)
-            error = (torch.from_numpy(row) - logits).abs().max() / logits.abs().max()
-            assert error < TOLERANCE, f"off by {error:.1e} of the largest logit"
+            worst = max(worst, float((torch.from_numpy(row) - logits).abs().max() / logits.abs().max()))
             assert new == expected
+    print(f"off by {worst:.1e} of the largest logit")
+    assert worst < TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------------- logits, against HF
@@ -557,16 +559,16 @@ def test_smollm2_in_bfloat16_has_hfs_bits(smollm2: tuple[Path, Path], batch: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [1, 2, 3])
-def test_smollm2_as_a_user_runs_it_has_hfs_ids(smollm2: tuple[Path, Path], tp: int) -> None:
+@pytest.mark.parametrize(("tp", "dtype"), [(1, "bfloat16"), (1, "float32"), (2, "float32"), (3, "float32")])
+def test_smollm2_as_a_user_runs_it_has_hfs_ids(smollm2: tuple[Path, Path], tp: int, dtype: str) -> None:
+    """In float32, because the rounding of bfloat16 depends on tp, and two tokens may be as near as that."""
     hf, converted = smollm2
-    ckpt = converted if tp == 2 else hf
-    args = ("llama_neuron.py", "--ckpt", ckpt, "--tp", tp, "--max-new-tokens", 24, "--ignore-eos", "--json")
-    ran = command(*args, "--prompt", "The capital of France is")
+    args = ("llama_neuron.py", "--ckpt", converted if tp == 2 else hf, "--tp", tp, "--dtype", dtype, "--json")
+    ran = command(*args, "--max-new-tokens", 24, "--ignore-eos", "--prompt", "The capital of France is")
     assert ran.returncode == 0, ran.stderr
     (completion,) = json.loads(ran.stdout)["completions"]
     assert re.match(r" Paris\b", completion["text"])
-    assert completion["ids"] == hf_greedy(hf_model(hf, torch.bfloat16), completion["prompt_ids"], 24)[1]
+    assert completion["ids"] == hf_greedy(hf_model(hf, getattr(torch, dtype)), completion["prompt_ids"], 24)[1]
 
 
 if __name__ == "__main__":
