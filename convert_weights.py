@@ -146,9 +146,7 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     embedding."""
     source, expected, found = checkpoint.directory, expected_shapes(config), set(checkpoint.slices)
     missing = [name for name in expected if name not in found]
-    require(
-        not missing, f"{source}: config.json asks for tensors that are missing: {listed(missing)}; download it again"
-    )
+    require(not missing, f"{source}: missing tensors, download it again: {listed(missing)}")
     for name, shape in expected.items():
         has = checkpoint.shape(name)
         require(has == shape, f"{source}: {name} has shape {list(has)}, config.json asks for {list(shape)}")
