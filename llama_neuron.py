@@ -34,16 +34,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ACT2FN = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACT2FN["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 
-# the types of transformers' ROPE_INIT_FUNCTIONS that Llama checkpoints use, with the parameters that they cannot do
-# without
+# transformers' rope types that Llama checkpoints use, with the parameters that they cannot do without
 ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "dynamic": ("factor",)}
 ROPE_PARAMETERS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor")
 ROPE_PARAMETERS |= {"yarn": ("factor",), "longrope": ("short_factor", "long_factor")}
 
 
 class UsageError(ValueError):
-    """A mistake in a flag, a file or an argument: the message names it and the way out. The commands exit with code
-    2."""
+    """A mistake in a flag or a file: the message names it and the way out, and the commands exit with code 2."""
 
 
 def require(condition: object, message: str) -> None:
@@ -153,8 +151,7 @@ class LlamaConfig:
 
 
 def standardize_rope_parameters(raw: dict, path: Path) -> dict:
-    """`rope_parameters` in transformers 5's form, from either form (HF's `standardize_rope_params`). Raises
-    UsageError."""
+    """Rope parameters in transformers 5's form, from either form (HF: `standardize_rope_params`). Raises UsageError."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     require(isinstance(given, dict), f"{path}: the rope parameters must be an object, they are {given!r}")
     rope = dict(given)
@@ -177,8 +174,7 @@ def standardize_rope_parameters(raw: dict, path: Path) -> dict:
 
 @dataclass(frozen=True)
 class NeuronConfig:
-    """What is fixed before anything is compiled: `neuron_config.json`, in the key names of Optimum's
-    `NxDNeuronConfig`."""
+    """What is fixed before anything is compiled: `neuron_config.json`, with the keys of Optimum's `NxDNeuronConfig`."""
 
     tp_degree: int = 1  # ranks that the weights are sharded over
     batch_size: int = 1  # rows of the KV cache
@@ -281,8 +277,7 @@ def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
 
 
 def divide(size: int, pad: bool) -> int:
-    """A rank's share of `size`, rounded up where `pad` allows it; ValueError where it does not and tp does not
-    divide."""
+    """A rank's share of `size`, rounded up where `pad` allows it. Raises ValueError where tp has to divide and does not."""
     tp = get_tensor_model_parallel_size()
     if size % tp and not pad:
         raise ValueError(f"size {size} is not divisible by tensor-parallel degree {tp}, and pad=False")
@@ -781,15 +776,10 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 def next_tokens(
     model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None
 ) -> list[int]:
-    """One forward over ids and positions [B,T], and the greedy choice at `last` [B]: prefill at T > 1, decode at T =
-    1."""
+    """One forward over ids and positions [B,T], and the greedy choice at `last` [B]: prefill, and decode at T = 1."""
     device = model.rank_util.rank.device
-    ids, positions, last, rows = (
-        ids.to(device),
-        positions.to(device),
-        last.to(device),
-        torch.arange(len(ids), device=device),
-    )
+    ids, positions, last = ids.to(device), positions.to(device), last.to(device)
+    rows = torch.arange(len(ids), device=device)
     if logits is None:
         return model.greedy(model.model(ids, positions)[rows, last]).tolist()
     logits.append(model(ids, positions))
@@ -1036,8 +1026,7 @@ def measure(
 
 
 def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]], logits: list[Tensor]) -> None:
-    """--output-logits: float32 `logits` [B,P+M-1,V], row p computed at position p, and `ids` [B,P+M]; zeros on the
-    right."""
+    """--output-logits: float32 `logits` [B,P+M-1,V], row p computed at position p, and `ids` [B,P+M]; zeros after."""
     from safetensors.torch import save_file
 
     texts = list(zip(prompts, completions, strict=True))
