@@ -277,7 +277,7 @@ def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
 
 
 def divide(size: int, pad: bool) -> int:
-    """A rank's share of `size`, rounded up where `pad` allows it. Raises ValueError where tp has to divide and does not."""
+    """A rank's share of `size`, rounded up where `pad` allows; ValueError where tp has to divide and does not."""
     tp = get_tensor_model_parallel_size()
     if size % tp and not pad:
         raise ValueError(f"size {size} is not divisible by tensor-parallel degree {tp}, and pad=False")
