@@ -12,6 +12,7 @@ hidden size, H query heads and K key/value heads of one rank, G = H/K, D head_di
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -21,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -185,6 +188,20 @@ class NeuronConfig:
     output_logits: bool = False  # whether a compiled graph returns logits beside the ids
     on_device_sampling: bool = True  # ranks exchange one (value, index) pair for a token, not their logits
     vocab_parallel: bool = False  # embed_tokens sharded by vocabulary instead of by hidden size
+    # lengths that a prompt is padded to (NxDI's key); none: as it is, or `with_buckets` where each costs a compilation
+    context_encoding_buckets: tuple[int, ...] = ()
+
+    def with_buckets(self) -> NeuronConfig:
+        """The configuration for a Neuron device: where there are no buckets, powers of two up to sequence_length."""
+        powers = [1 << n for n in range(7, 32) if 1 << n < self.sequence_length]  # from 128
+        return replace(self, context_encoding_buckets=self.context_encoding_buckets or (*powers, self.sequence_length))
+
+    def prefill_length(self, tokens: int) -> int:
+        """What prompts of up to `tokens` are padded to: whole chunks, else the smallest bucket that holds them."""
+        chunk = self.prefill_chunk_size
+        if chunk:
+            return -(-tokens // chunk) * chunk
+        return min((bucket for bucket in self.context_encoding_buckets if bucket >= tokens), default=tokens)
 
     @classmethod
     def for_checkpoint(cls, ckpt: str | Path, config: LlamaConfig, **flags: int | torch.dtype | None) -> NeuronConfig:
@@ -197,7 +214,11 @@ class NeuronConfig:
         limit = config.rope_limit
         if is_converted(ckpt):
             path = Path(ckpt) / "neuron_config.json"
-            neuron = cls(**read_fields(cls, read_json(path), path))
+            raw = read_json(path)
+            buckets = raw.get("context_encoding_buckets") or []
+            known = isinstance(buckets, list) and all(type(bucket) is int and bucket > 0 for bucket in buckets)
+            require(known, f"{path}: context_encoding_buckets must be a list of positive integers, it is {buckets!r}")
+            neuron = cls(**read_fields(cls, raw, path), context_encoding_buckets=tuple(buckets))
             require(neuron.fused_qkv, f"{path}: fused_qkv is not true, convert again with convert_weights.py")
             made, asked = neuron.tp_degree, flags.get("tp_degree", neuron.tp_degree)
             require(
@@ -212,6 +233,9 @@ class NeuronConfig:
             f"--sequence-length {neuron.sequence_length} exceeds {limit}, where {config.rope_parameters['rope_type']}"
             f" rope takes other frequencies as the text grows, which a static graph cannot: use {limit} or less",
         )
+        largest = max(neuron.context_encoding_buckets, default=0)
+        rule = f"exceeds --sequence-length {neuron.sequence_length}: change either"
+        require(largest <= neuron.sequence_length, f"{ckpt}: bucket {largest} of context_encoding_buckets {rule}")
         return neuron
 
 
@@ -254,6 +278,15 @@ def shard_heads(num_attention_heads: int, num_key_value_heads: int, tp_degree: i
 # and tensor names of the originals. Weights are shards from the start: nothing here ever holds a whole matrix.
 
 
+def parallel_layers(backend: str) -> ModuleType:
+    """Where the model takes its parallel layers from, by the same five names: NxD for `nxd`, else this file."""
+    if backend != "nxd":
+        return sys.modules[__name__]
+    from neuronx_distributed.parallel_layers import layers
+
+    return layers
+
+
 def get_tensor_model_parallel_size() -> int:
     """Ranks in the default process group; 1 where there is none."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -264,16 +297,17 @@ def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
     tp = get_tensor_model_parallel_size()
     if tp == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(tp)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim=-1)
+    # functional collectives, here and below: the only ones that are ops of a graph, for torch.export and torch.compile
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, dist.group.WORLD.group_name)
+    return torch.cat(torch.ops._c10d_functional.wait_tensor(gathered).chunk(tp), dim=-1)
 
 
 def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, in x's dtype. Overwrites x."""
-    if get_tensor_model_parallel_size() > 1:
-        dist.all_reduce(x)
-    return x
+    """The sum of all ranks' x, in x's dtype."""
+    if get_tensor_model_parallel_size() == 1:
+        return x
+    summed = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD.group_name)
+    return torch.ops._c10d_functional.wait_tensor(summed)
 
 
 def divide(size: int, pad: bool) -> int:
@@ -294,9 +328,9 @@ class SPMDRank(nn.Module):
     Why: one graph is traced, as rank 0, and runs on every rank; `dist.get_rank()` in a forward would be traced as 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
         super().__init__()
-        self.rank = empty_parameter(1, dtype=torch.int32)
+        self.rank = empty_parameter(1, dtype=torch.int32)  # world_size is for NxD's own checkpoint sharding
 
     def get_rank(self) -> Tensor:
         return self.rank
@@ -328,22 +362,30 @@ class RowParallelLinear(nn.Module):
     summed.
 
     weight [output_size, input_size / tp]; bias [output_size], on every rank, added once, after the sum. The input has
-    to be sharded already. The sum is in float32, NxD's default `reduce_dtype`: more ranks do not mean more rounding.
+    to be sharded already. The sum is in `reduce_dtype`; in float32 more ranks do not mean more rounding.
     """
 
     def __init__(
-        self, input_size: int, output_size: int, bias=True, input_is_parallel=False, dtype=torch.float32, pad=False
+        self,
+        input_size: int,
+        output_size: int,
+        bias=True,
+        input_is_parallel=False,
+        dtype=torch.float32,
+        pad=False,
+        reduce_dtype=torch.float32,
     ) -> None:
         super().__init__()
         if not input_is_parallel:
             raise ValueError("RowParallelLinear: only input_is_parallel=True is here, Llama needs no other")
+        self.reduce_dtype = reduce_dtype
         self.weight = empty_parameter(output_size, divide(input_size, pad), dtype=dtype)
         self.bias = empty_parameter(output_size, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if get_tensor_model_parallel_size() == 1:
             return F.linear(x, self.weight, self.bias)
-        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).float()).to(x.dtype)
+        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).to(self.reduce_dtype)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -371,7 +413,7 @@ class ParallelEmbedding(nn.Module):
             self.weight = empty_parameter(num_embeddings, divide(embedding_dim, pad), dtype=dtype)
         elif use_spmd_rank:
             self.weight = empty_parameter(divide(num_embeddings, pad), embedding_dim, dtype=dtype)
-            self.rank_util = SPMDRank()
+            self.rank_util = SPMDRank(get_tensor_model_parallel_size())
         else:
             raise ValueError("ParallelEmbedding: sharding by vocabulary needs use_spmd_rank=True")
 
@@ -401,6 +443,10 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.to(torch.float32)
+        if x.device.type == "xla":  # under NxD: one kernel of the compiler's, which weighs before it casts back
+            from torch_neuronx.xla_impl.ops import RmsNorm
+
+            return RmsNorm.apply(x, self.weight, self.variance_epsilon, x.dim() - 1).to(hidden_states.dtype)
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
 
@@ -414,7 +460,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, inv_freq: Tensor, attention_scaling: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)  # D/2
+        self.register_buffer("inv_freq", inv_freq)  # D/2; persistent, as the KV cache is
         self.attention_scaling = attention_scaling
 
     @classmethod
@@ -498,6 +544,9 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
 # -------------------------------------------------------------------------------------------------- KV cache, attention
 
 
+IN_PLACE = ("cpu",)  # devices whose KV cache is written in place
+
+
 class KVCache(nn.Module):
     """Beside HF's `StaticLayer`: keys and values of one layer on one rank, [B, K, sequence_length, D] each.
 
@@ -509,15 +558,18 @@ class KVCache(nn.Module):
     def __init__(self, batch_size: int, kv_heads: int, sequence_length: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         shape = (batch_size, kv_heads, sequence_length, head_dim)
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype), persistent=False)
+        # persistent: whether a tracer finds its state by state_dict() or by named_buffers(), it finds these
+        self.register_buffer("k", torch.zeros(shape, dtype=dtype))
+        self.register_buffer("v", torch.zeros(shape, dtype=dtype))
 
     def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
         index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
-        # in place: torch.scatter would copy the whole cache for every token
-        self.k.scatter_(2, index, k)
-        self.v.scatter_(2, index, v)
+        if self.k.device.type in IN_PLACE:  # torch.scatter would copy the whole cache for every token
+            self.k.scatter_(2, index, k)
+            self.v.scatter_(2, index, v)
+        else:  # a buffer re-assigned is what ModelBuilder makes a graph's state; one written in place keeps its zeros
+            self.k, self.v = self.k.scatter(2, index, k), self.v.scatter(2, index, v)
         return self.k[:, :, :length], self.v[:, :, :length]
 
 
@@ -552,7 +604,7 @@ class LlamaAttention(nn.Module):
     whole of attention takes one all-reduce, after o_proj.
     """
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str, parallel: ModuleType) -> None:
         super().__init__()
         hidden, bias, dtype, tp = config.hidden_size, config.attention_bias, neuron.torch_dtype, neuron.tp_degree
         query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]  # as many on every rank
@@ -560,8 +612,10 @@ class LlamaAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention = ATTENTION[attn]
         q_size, kv_size = tp * self.num_heads * self.head_dim, tp * self.num_kv_heads * self.head_dim
-        self.Wqkv = ColumnParallelLinear(hidden, q_size + 2 * kv_size, bias=bias, gather_output=False, dtype=dtype)
-        self.o_proj = RowParallelLinear(q_size, hidden, bias=bias, input_is_parallel=True, dtype=dtype)
+        kwargs = {"bias": bias, "dtype": dtype}
+        self.Wqkv = parallel.ColumnParallelLinear(hidden, q_size + 2 * kv_size, gather_output=False, **kwargs)
+        kwargs |= {"input_is_parallel": True, "reduce_dtype": torch.float32}
+        self.o_proj = parallel.RowParallelLinear(q_size, hidden, **kwargs)
         self.kv_cache = KVCache(neuron.batch_size, self.num_kv_heads, neuron.sequence_length, self.head_dim, dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -584,13 +638,14 @@ class LlamaMLP(nn.Module):
     features stay on their rank; intermediate_size is padded until tp divides it, which adds zero columns to down_proj.
     """
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig) -> None:
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parallel: ModuleType) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         kwargs = {"bias": config.mlp_bias, "dtype": neuron.torch_dtype, "pad": True}
-        self.gate_proj = ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
-        self.up_proj = ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
-        self.down_proj = RowParallelLinear(inner, hidden, input_is_parallel=True, **kwargs)
+        self.gate_proj = parallel.ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
+        self.up_proj = parallel.ColumnParallelLinear(hidden, inner, gather_output=False, **kwargs)
+        kwargs |= {"input_is_parallel": True, "reduce_dtype": torch.float32}
+        self.down_proj = parallel.RowParallelLinear(inner, hidden, **kwargs)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -600,10 +655,10 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """HF's `LlamaDecoderLayer`, unchanged: two residual blocks, each normed before."""
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str, parallel: ModuleType) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, neuron, attn)
-        self.mlp = LlamaMLP(config, neuron)
+        self.self_attn = LlamaAttention(config, neuron, attn, parallel)
+        self.mlp = LlamaMLP(config, neuron, parallel)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
 
@@ -619,9 +674,9 @@ class LlamaModel(nn.Module):
     prefill and decode are this one forward at different T.
     """
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str) -> None:
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, attn: str, parallel: ModuleType) -> None:
         super().__init__()
-        self.embed_tokens = ParallelEmbedding(
+        self.embed_tokens = parallel.ParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             dtype=neuron.torch_dtype,
@@ -629,7 +684,8 @@ class LlamaModel(nn.Module):
             pad=True,
             use_spmd_rank=neuron.vocab_parallel,
         )
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, neuron, attn) for _ in range(config.num_hidden_layers))
+        layers = (LlamaDecoderLayer(config, neuron, attn, parallel) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
         self.rotary_emb = RotaryEmbedding.from_config(config)
         self.sequence_length = neuron.sequence_length
@@ -662,19 +718,26 @@ class LlamaForCausalLM(nn.Module):
     pair from each rank instead of its logits.
     """
 
-    def __init__(self, config: LlamaConfig, neuron_config: NeuronConfig, attn: str = "eager") -> None:
+    def __init__(
+        self, config: LlamaConfig, neuron_config: NeuronConfig, attn: str = "eager", backend: str = "torch"
+    ) -> None:
         super().__init__()
         self.config, self.neuron_config = config, neuron_config
-        self.model = LlamaModel(config, neuron_config, attn)
+        parallel = parallel_layers(backend)
+        self.model = LlamaModel(config, neuron_config, attn, parallel)
         kwargs = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype, "pad": True}
-        self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, **kwargs)
-        self.rank_util = SPMDRank()
+        self.lm_head = parallel.ColumnParallelLinear(config.hidden_size, config.vocab_size, **kwargs)
+        self.gather = parallel.gather_from_tensor_model_parallel_region
+        self.rank_util = parallel.SPMDRank(neuron_config.tp_degree)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V] of every position, the same on every
-        rank."""
-        logits = gather_from_tensor_model_parallel_region(self.lm_head(self.model(input_ids, position_ids)))
-        return logits[..., : self.config.vocab_size].float()
+    def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V] of every position, the same on every rank;
+        with `last` [B] int32 -> int32 [B], the greedy choice at position `last` of each row."""
+        hidden_states = self.model(input_ids, position_ids)  # B T E
+        if last is None:
+            return self.gather(self.lm_head(hidden_states))[..., : self.config.vocab_size].float()
+        index = last[:, None, None].expand(-1, 1, hidden_states.shape[-1]).long()  # B 1 E
+        return self.greedy(hidden_states.gather(1, index).squeeze(1))
 
     def greedy(self, hidden_states: Tensor) -> Tensor:
         """[B,E] -> int32 [B]: the first index of the largest logit, as argmax over gathered logits finds it."""
@@ -684,8 +747,8 @@ class LlamaForCausalLM(nn.Module):
         # the padding's logits are 0, which would win where all others are negative
         value, index = torch.where(vocabulary < self.config.vocab_size, logits, -1e9).max(dim=-1)  # B
         # float32 holds every index below 2^24, so that one collective carries both
-        pair = torch.stack((value, (index + first).float()), dim=-1)  # B 2
-        values, indices = gather_from_tensor_model_parallel_region(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
+        pair = torch.stack((value, (index.int() + first).float()), dim=-1)  # B 2
+        values, indices = self.gather(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
         return indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1).int()
 
 
@@ -715,6 +778,25 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} cannot be read, {rule}: {error}") from None
 
 
+def read_state(ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int) -> dict[str, Tensor]:
+    """A rank's tensors in `neuron.torch_dtype`, by the names of `LlamaForCausalLM`; memory-mapped where that is theirs.
+
+    Raises UsageError for what is wrong with the files.
+    """
+    if is_converted(ckpt):
+        state = read_shard(shard_path(ckpt, rank))
+    else:
+        from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
+
+        state = dict(shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, rank))
+    state = {
+        name: tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    if shares_embedding(config, neuron):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
 def load_model(
     ckpt: str | Path,
     *,
@@ -729,33 +811,25 @@ def load_model(
     """One rank's model, from what `convert_weights.py` wrote or from an HF directory, of which it reads its slices.
 
     With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
-    of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. Weights stay memory-mapped where
-    dtype is theirs. Raises UsageError for what is wrong with the files, ValueError where the process group does not
-    fit.
+    of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. On another device than the CPU the
+    model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. Raises
+    UsageError for what is wrong with the files, ValueError where the process group does not fit.
     """
     config = LlamaConfig.from_pretrained(ckpt)
     flags = {"tp_degree": tp_degree, "batch_size": batch_size, "sequence_length": sequence_length, "torch_dtype": dtype}
     neuron = NeuronConfig.for_checkpoint(ckpt, config, **flags)
     if get_tensor_model_parallel_size() != tp_degree:
         raise ValueError(f"tp_degree {tp_degree}, but the process group has {get_tensor_model_parallel_size()} ranks")
-    if is_converted(ckpt):
-        state = read_shard(shard_path(ckpt, tp_rank))
-    else:
-        from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
-
-        state = dict(shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, tp_rank))
-    state = {
-        name: tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-    }
-    if shares_embedding(config, neuron):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = LlamaForCausalLM(config, neuron, attn)
+    model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
     try:
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(dict(model.named_buffers()) | read_state(ckpt, config, neuron, tp_rank), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{shard_path(ckpt, tp_rank)} does not fit config.json, convert again: {reason}") from None
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    if device != "cpu":
+        model.compile(backend=device, fullgraph=True, dynamic=False)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -769,6 +843,11 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
         room = f"which leaves no room in --sequence-length {neuron.sequence_length}: raise it, or shorten the prompt"
         require(prompt, f"prompt {number} is empty: give it at least one token")
         require(len(prompt) < neuron.sequence_length, f"prompt {number} has {len(prompt)} tokens, {room}")
+        largest = max(neuron.context_encoding_buckets, default=len(prompt))
+        rule = f"context_encoding_buckets of neuron_config.json end at {largest}: add one, or set prefill_chunk_size"
+        require(
+            neuron.prefill_chunk_size or len(prompt) <= largest, f"prompt {number} has {len(prompt)} tokens, {rule}"
+        )
         wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
         require(not wrong, f"prompt {number}: token id {wrong[:1]} is outside the vocabulary of {config.vocab_size}")
 
@@ -776,13 +855,18 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 def next_tokens(
     model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None
 ) -> list[int]:
-    """One forward over ids and positions [B,T], and the greedy choice at `last` [B]: prefill, and decode at T = 1."""
-    device = model.rank_util.rank.device
-    ids, positions, last = ids.to(device), positions.to(device), last.to(device)
-    rows = torch.arange(len(ids), device=device)
-    if logits is None:
-        return model.greedy(model.model(ids, positions)[rows, last]).tolist()
-    logits.append(model(ids, positions))
+    """The greedy choice at `last` [B] of ids and positions [B,T]: prefill at T > 1, in chunks where so configured, decode
+    at T = 1. A list given as `logits` receives float32 [B,T,V]."""
+    size = model.neuron_config.prefill_chunk_size or ids.shape[1]
+    device = next(model.parameters(), ids).device  # an NxDModel shows no parameters, and takes what is on the host
+    outputs: list[Tensor] = []
+    for chunk, at in zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True):
+        here = [] if logits is not None else [(last - len(outputs) * size).clamp(0, size - 1).int().to(device)]
+        outputs.append(model(chunk.to(device), at.to(device), *here).cpu())
+    rows = torch.arange(len(ids))
+    if logits is None:  # of the choices made in each chunk, the one of the chunk where the row ends
+        return torch.stack(outputs, dim=1)[rows, last // size].tolist()
+    logits.append(torch.cat(outputs, dim=1))
     return logits[-1][rows, last].argmax(-1).tolist()
 
 
@@ -797,22 +881,25 @@ def greedy_steps(
     """Greedy decoding: at each step the new id of each prompt, None where it has ended.
 
     A text ends with an EOS id, with max_new_tokens, or where prompt and new ids fill the cache. Prompts are padded on
-    the right to the longest. The batch is static: rows that ended, and rows without a prompt, are computed and not
-    looked at. A list given as `logits` receives what was computed: float32 [B,P,V] for the prompts, then [B,1,V] for
-    each token. Raises UsageError for prompts that `check_prompts` refuses.
+    the right to the longest, and on to a prefill bucket or whole chunks where there are such. The batch is static: rows
+    that ended, and rows without a prompt, are computed and not looked at. A list given as `logits` receives what was
+    computed: float32 [B,P,V] for the prompts, padding and all, then [B,1,V] for each token. Raises UsageError for
+    prompts that `check_prompts` refuses.
     """
     neuron = model.neuron_config
     check_prompts(prompts, model.config, neuron)
     rows = prompts + [[0]] * (neuron.batch_size - len(prompts))
     room = [min(max_new_tokens, neuron.sequence_length - len(prompt)) for prompt in prompts]
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int32)  # B P
-    positions = torch.arange(longest, dtype=torch.int32).expand_as(ids)  # B P
+    length = neuron.prefill_length(longest)
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int32)  # B P
+    positions = torch.arange(length, dtype=torch.int32).clamp(max=neuron.sequence_length - 1).expand_as(ids)  # B P
     last = torch.tensor([len(row) - 1 for row in rows])  # B, then zeros: T is 1 while decoding
     ends = (last + 1).int()  # B: the first free slot of each row
     step = 0
     while step < max(room):
-        model.model.set_cache_bucket(longest + step)
+        if not neuron.context_encoding_buckets:  # else the graphs are compiled, and attend to the whole cache
+            model.model.set_cache_bucket(longest + step)
         new = next_tokens(model, ids, positions, last, logits)
         yield [token if step < left else None for token, left in zip(new, room, strict=False)]
         room = [min(left, step + 1) if token in eos_token_ids else left for token, left in zip(new, room, strict=False)]
@@ -829,6 +916,138 @@ def generate(
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
+# ------------------------------------------------------------------------------------------------------------- backends
+
+
+def choose_backend(backend: str, device: str | None) -> tuple[str, str, str]:
+    """Backend, device and the reason, from --backend, --device and what is installed. Raises UsageError.
+
+    `nxd` is neuronx-distributed on torch-xla (Trn1, Inf2); `torch` is plain torch, on a CPU or on TorchNeuron (Trn2,
+    Trn3), whose package shares its name, torch_neuronx, with the one that NxD builds on, but comes without torch_xla.
+    """
+    nxd, xla, neuronx = (find_spec(name) for name in ("neuronx_distributed", "torch_xla", "torch_neuronx"))
+    found, why = None, "neither neuronx_distributed nor torch_neuronx is installed"
+    if nxd and xla:
+        found, why = "nxd", "neuronx_distributed is installed"
+    elif neuronx and not xla:
+        found, why = "torch", "torch_neuronx is installed, without torch_xla"
+    usable = found and backend in ("auto", found)
+    device = device or ("neuron" if usable or backend == "nxd" else "cpu")
+    if device == "cpu":
+        require(backend != "nxd", "--backend nxd compiles for Neuron devices: leave out --device cpu")
+        return "torch", device, "as asked" if found else why
+    way_out = "see `On Neuron` in README.md for what to install, or take --device cpu"
+    require(usable, f"--backend {backend} on a Neuron device is not to be had here, {why}: {way_out}")
+    return found, device, why
+
+
+def compile_nxd(
+    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, attn: str, output_logits: bool
+) -> nn.Module:
+    """All ranks' model on this host's NeuronCores, called as `LlamaForCausalLM` is: with `last`, or without if
+    `output_logits`.
+
+    One process traces each graph once, as rank 0: decoding, and the prefill buckets or the chunk. The compiled graphs
+    are kept beside the shards, under a name that tells their shapes and a digest of what they depend on.
+    """
+    import torch_neuronx
+    from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
+
+    start, tp, B = time.perf_counter(), neuron.tp_degree, neuron.batch_size
+    lengths = (neuron.prefill_chunk_size,) if neuron.prefill_chunk_size else neuron.context_encoding_buckets
+    with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
+        compiler_args = f"--auto-cast=none --model-type=transformer --lnc={state.lnc_size}"
+        depends = [asdict(config), asdict(neuron), attn, output_logits, compiler_args]
+        depends += [torch_neuronx.utils.get_platform_target(), torch_neuronx.__version__, Path(__file__).read_text()]
+        digest = hashlib.sha256(to_json(depends).encode()).hexdigest()[:12]
+        shapes = f"tp{tp}-b{B}-s{neuron.sequence_length}-p{'.'.join(map(str, lengths))}"
+        path = Path(ckpt) / f"nxd-{shapes}-{'logits' if output_logits else 'ids'}-{digest}.pt"
+        if path.exists():
+            compiled = NxDModel.load(str(path))
+        else:
+            builder = ModelBuilder(LlamaForCausalLM(config, neuron, attn, backend="nxd").eval())
+            for T in sorted({1, *lengths}):
+                inputs = {name: torch.zeros(B, T, dtype=torch.int32) for name in ("input_ids", "position_ids")}
+                inputs |= {} if output_logits else {"last": torch.zeros(B, dtype=torch.int32)}
+                builder.trace(kwargs=inputs, tag=f"prefill_{T}" if T > 1 else "decode")
+            compiled = builder.compile(compiler_args=compiler_args)
+            compiled.save(str(path))
+    compiled.config, compiled.neuron_config, compiled.compile_s = config, neuron, time.perf_counter() - start
+    # to the graph, a tied lm_head is a weight of its own
+    compiled.set_weights([read_state(ckpt, config, neuron, rank) for rank in range(tp)])
+    compiled.to_neuron()
+    return compiled
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+# gigabytes of a NeuronCore (of trn2: a logical one, LNC 2), and the tp_degrees whose collectives the instances have
+INSTANCES = {"trn1": (16, (1, 2, 8, 16, 32)), "inf2": (16, (1, 2, 4, 8, 24)), "trn2": (24, (1, 2, 4, 8, 16, 32, 64))}
+
+
+def count_numbers(config: LlamaConfig, neuron: NeuronConfig) -> tuple[int, int, int]:
+    """How many numbers a rank holds: in its weights, in its embedding table (one of them), and in its KV cache."""
+    tp, hidden, head_dim, layers = neuron.tp_degree, config.hidden_size, config.head_dim, config.num_hidden_layers
+    query, key = map(len, shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0])
+    inner, vocabulary = -(-config.intermediate_size // tp), -(-config.vocab_size // tp)
+    table = vocabulary * hidden if neuron.vocab_parallel else config.vocab_size * -(-hidden // tp)
+    head = 0 if shares_embedding(config, neuron) else vocabulary * hidden
+    biases = config.attention_bias * ((query + 2 * key) * head_dim + hidden) + config.mlp_bias * (2 * inner + hidden)
+    layer = 2 * (query + key) * head_dim * hidden + 3 * inner * hidden + 2 * hidden + biases
+    cache = 2 * layers * neuron.batch_size * key * neuron.sequence_length * head_dim
+    return table + layers * layer + hidden + head, table, cache
+
+
+def plan(config: LlamaConfig, neuron: NeuronConfig) -> dict:
+    """What --plan tells of one tp_degree: heads and bytes of a rank; but of all ranks together `zero_heads`, the bytes
+    of all zeros (padding), and those of copies (replicated). `fits` is None where an instance has no such tp_degree."""
+    tp, hidden, layers, size = (
+        neuron.tp_degree,
+        config.hidden_size,
+        config.num_hidden_layers,
+        neuron.torch_dtype.itemsize,
+    )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    query, key = (sum(map(len, ranks)) for ranks in zip(*shard_heads(heads, kv_heads, tp), strict=True))
+    zero_kv_heads = query - heads if tp % kv_heads and kv_heads % tp else 0
+    weights, _, cache = count_numbers(config, neuron)
+    whole = (2 + config.attention_bias + config.mlp_bias) * hidden  # of a layer: norms, biases added after a reduction
+    copies = (tp - 1) * (layers * whole + hidden)
+    copies += layers * (key - zero_kv_heads - kv_heads) * 2 * config.head_dim * (hidden + config.attention_bias)
+    copies += config.vocab_size * hidden * (config.tie_word_embeddings and not shares_embedding(config, neuron))
+    padding = tp * weights - count_numbers(config, replace(neuron, tp_degree=1))[0] - copies
+    total = (weights + cache) * size
+    return {
+        "tp_degree": tp,
+        "strategy": "CONVERT_TO_MHA" if tp % kv_heads else "REPLICATE_TO_TP_DEGREE",
+        "query_heads": query // tp,
+        "kv_heads": key // tp,
+        "zero_heads": query - heads + zero_kv_heads,
+        "weight_bytes": weights * size,
+        "kv_cache_bytes": cache * size,
+        "replicated_bytes": copies * size,
+        "padding_bytes": padding * size,
+        "fits": {name: total <= gb * 1e9 if tp in degrees else None for name, (gb, degrees) in INSTANCES.items()},
+    }
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """--plan: from config.json alone, a line for each tp_degree, or with --json a list of objects."""
+    config = LlamaConfig.from_pretrained(args.ckpt)
+    flags = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
+    neuron = NeuronConfig.for_checkpoint(args.ckpt, config, torch_dtype=DTYPES.get(args.dtype), **flags)
+    every = sorted({tp for _, degrees in INSTANCES.values() for tp in degrees})
+    rows = [plan(config, replace(neuron, tp_degree=tp)) for tp in args.tp or every]
+    if args.json:
+        return print(to_json(rows))
+    instances = [f"{name} {gb} GB" for name, (gb, _) in INSTANCES.items()]
+    print("tp_degree               strategy" + "".join(f"{key:>18}" for key in [*rows[0]][2:-1] + instances))
+    for row in rows:
+        cells = [f"{row[key] / 1e9:.3f} GB" if "bytes" in key else row[key] for key in [*row][2:-1]]
+        cells += [{True: "fits", False: "too large", None: "-"}[fit] for fit in row["fits"].values()]
+        print(f"{row['tp_degree']:9}{row['strategy']:>23}" + "".join(f"{cell:>18}" for cell in cells))
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -837,6 +1056,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def degrees(text: str) -> list[int]:
+    """argparse type of --tp."""
+    return [positive(degree) for degree in text.split(",")]
 
 
 def token_ids(text: str) -> list[int]:
@@ -856,7 +1080,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Llama, greedy, computed as on AWS Neuron.")
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote, or an HF directory as it is")
-    add("--tp", type=positive, metavar="N", help="tensor-parallel ranks (default: as converted, else 1)")
+    add("--tp", type=degrees, metavar="N", help="tensor-parallel ranks (default: as converted, else 1)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: standard input")
     add(
         "--prompt-ids",
@@ -873,10 +1097,17 @@ def parse_args() -> argparse.Namespace:
     )
     add("--dtype", choices=DTYPES, help="default: as converted, else the checkpoint's")
     add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
+    add("--backend", choices=("auto", "torch", "nxd"), default="auto", help="default: by what is installed, else torch")
+    add("--device", choices=("cpu", "neuron"), help="default: neuron where its packages are installed, else cpu")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--output-logits", metavar="FILE", help="write the logits of every position and the ids to a safetensors file")
-    return parser.parse_args()
+    add("--plan", action="store_true", help="of config.json alone: what each --tp (8,16,32) takes of a NeuronCore")
+    args = parser.parse_args()
+    if not args.plan and args.tp:
+        require(len(args.tp) == 1, "--tp takes more than one number with --plan only: name one")
+        args.tp = args.tp[0]
+    return args
 
 
 class Text:
@@ -927,9 +1158,16 @@ def prepare(args: argparse.Namespace) -> None:
     """Checks what can be wrong with flags and files before any rank starts, and fills in what was left open."""
     config = LlamaConfig.from_pretrained(args.ckpt)
     flags = {"tp_degree": args.tp, "sequence_length": args.sequence_length, "batch_size": args.batch_size}
-    neuron = NeuronConfig.for_checkpoint(args.ckpt, config, **flags)
+    neuron = NeuronConfig.for_checkpoint(args.ckpt, config, torch_dtype=DTYPES.get(args.dtype), **flags)
     if args.batch_size is None:
         neuron = replace(neuron, batch_size=max(neuron.batch_size, len(args.prompts)))
+    if args.device == "neuron":
+        neuron = neuron.with_buckets()
+    if args.backend == "nxd":
+        require(is_converted(args.ckpt), f"--backend nxd needs shards: convert {args.ckpt} with convert_weights.py")
+        half = neuron.vocab_parallel and neuron.torch_dtype == torch.float16
+        require(not half, f"{args.ckpt}: NxD's embedding sharded by vocabulary has no float16: --dtype bfloat16")
+    args.config, args.neuron = config, neuron
     check_prompts(args.prompts, config, neuron)
     args.tp, args.batch_size = neuron.tp_degree, neuron.batch_size
     if is_converted(args.ckpt):
@@ -951,8 +1189,14 @@ def run(args: argparse.Namespace) -> None:
     """One rank's work, once its process group is there: load, generate, and on rank 0 show what came out."""
     clock = [time.perf_counter()]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    flags = {"dtype": DTYPES.get(args.dtype), "batch_size": args.batch_size, "sequence_length": args.sequence_length}
-    model = load_model(args.ckpt, tp_degree=args.tp, tp_rank=rank, attn=args.attn, **flags)
+    if args.why and rank == 0 and not args.json:
+        print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
+    if args.backend == "nxd":
+        model = compile_nxd(args.ckpt, args.config, args.neuron, args.attn, bool(args.output_logits))
+    else:
+        flags = {"dtype": DTYPES.get(args.dtype), "sequence_length": args.sequence_length, "device": args.device}
+        flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
+        model = load_model(args.ckpt, tp_rank=rank, **flags)
     eos = () if args.ignore_eos else model.config.eos_token_id
     text = Text(args.ckpt)
     # one text is shown as it is made; several would mix, and are shown at the end
@@ -985,7 +1229,13 @@ def run(args: argparse.Namespace) -> None:
             }
             for prompt, ids in zip(args.prompts, completions, strict=True)
         ]
-        config = {"attn": args.attn, **asdict(model.config), **asdict(model.neuron_config)}
+        config = {
+            "backend": args.backend,
+            "device": args.device,
+            "attn": args.attn,
+            **asdict(model.config),
+            **asdict(model.neuron_config),
+        }
         print(to_json({"completions": rows, "timings": timings, "config": config}))
         return
     print(
@@ -1007,13 +1257,14 @@ def measure(
 
     A step reads every weight once, except an embedding table of which it only looks up rows.
     """
-    table = 0 if shares_embedding(model.config, model.neuron_config) else model.model.embed_tokens.weight.nbytes
-    weights = sum({weight.data_ptr(): weight.nbytes for weight in model.parameters()}.values()) - table
-    weight_bytes = weights * model.neuron_config.tp_degree
+    neuron, (weights, table, _) = model.neuron_config, count_numbers(model.config, model.neuron_config)
+    read = weights if shares_embedding(model.config, neuron) else weights - table
+    weight_bytes = read * neuron.torch_dtype.itemsize * neuron.tp_degree
+    compile_s = getattr(model, "compile_s", 0.0)
     tokens, decode_s = sum(len(ids) - 1 for ids in completions), clock[-1] - clock[2]
     return {
-        "load_s": clock[1] - clock[0],
-        "compile_s": 0.0,
+        "load_s": clock[1] - clock[0] - compile_s,
+        "compile_s": compile_s,
         "prefill_s": clock[2] - clock[1],
         "prefill_tokens": sum(map(len, prompts)),
         "decode_s": decode_s,
@@ -1038,11 +1289,16 @@ def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]
     save_file({"logits": pad(rows), "ids": pad([torch.tensor(prompt + ids) for prompt, ids in texts])}, file)
 
 
-def init_process_group(**kwargs: str | int) -> None:
-    """Joins the gloo group, which in torch 2.9 reports to stdout that it did; stdout belongs to the result."""
+def init_process_group(device: str, rank: int, **kwargs: str | int) -> None:
+    """Joins the group: gloo, and on a Neuron device also its own backend, for tensors there, on this rank's core.
+
+    In torch 2.9 gloo reports to stdout that it did; stdout belongs to the result.
+    """
     stdout = os.dup(1)
     os.dup2(2, 1)
-    dist.init_process_group("gloo", **kwargs)
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group("gloo" if device == "cpu" else f"cpu:gloo,{device}:{device}", **kwargs)
     os.dup2(stdout, 1)
     os.close(stdout)
 
@@ -1050,19 +1306,20 @@ def init_process_group(**kwargs: str | int) -> None:
 def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int) -> None:
     """One of the processes that `--tp` starts."""
     torch.set_num_threads(max(1, threads // args.tp))
-    init_process_group(init_method=f"file://{store}", rank=rank, world_size=args.tp)
+    init_process_group(args.device, rank, init_method=f"file://{store}", rank=rank, world_size=args.tp)
     exit_on_usage_error(partial(run, args))
     dist.destroy_process_group()
 
 
 def run_torchrun(args: argparse.Namespace) -> None:
     """One of the processes that torchrun started."""
-    init_process_group()
+    require(args.backend != "nxd", "--backend nxd runs all ranks from one process: start it without torchrun")
+    init_process_group(args.device, int(os.environ["LOCAL_RANK"]))
     ranks = dist.get_world_size()
     require(args.tp in (None, ranks), f"--tp {args.tp}, but torchrun started {ranks} ranks: make them equal")
     args.tp = ranks
     prompts = [read_prompts(args) if dist.get_rank() == 0 else None]  # standard input can be read once
-    dist.broadcast_object_list(prompts)
+    dist.broadcast_object_list(prompts, device=torch.device("cpu"))
     args.prompts = prompts[0]
     prepare(args)
     run(args)
@@ -1072,11 +1329,16 @@ def run_torchrun(args: argparse.Namespace) -> None:
 def main() -> None:
     """The command: here, in the processes that --tp starts here, or in those of torchrun."""
     args = parse_args()
+    if args.plan:
+        return show_plan(args)
+    auto = args.backend == "auto"
+    args.backend, args.device, why = choose_backend(args.backend, args.device)
+    args.why = why if auto else None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return run_torchrun(args)
     args.prompts = read_prompts(args)
     prepare(args)
-    if args.tp == 1:
+    if args.tp == 1 or args.backend == "nxd":
         return run(args)
     import torch.multiprocessing as mp
 
