@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -855,7 +856,7 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 def next_tokens(
     model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None
 ) -> list[int]:
-    """The greedy choice at `last` [B] of ids and positions [B,T]: prefill at T > 1, in chunks where so configured, decode
+    """The greedy choice at `last` [B] of ids and positions [B,T]: prefill at T > 1, in chunks if so configured, decode
     at T = 1. A list given as `logits` receives float32 [B,T,V]."""
     size = model.neuron_config.prefill_chunk_size or ids.shape[1]
     device = next(model.parameters(), ids).device  # an NxDModel shows no parameters, and takes what is on the host
@@ -941,6 +942,21 @@ def choose_backend(backend: str, device: str | None) -> tuple[str, str, str]:
     return found, device, why
 
 
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Stdout belongs to the result: what gloo, NxD or the compiler reports there meanwhile goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@stdout_to_stderr()
 def compile_nxd(
     ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, attn: str, output_logits: bool
 ) -> nn.Module:
@@ -973,8 +989,9 @@ def compile_nxd(
             compiled = builder.compile(compiler_args=compiler_args)
             compiled.save(str(path))
     compiled.config, compiled.neuron_config, compiled.compile_s = config, neuron, time.perf_counter() - start
-    # to the graph, a tied lm_head is a weight of its own
-    compiled.set_weights([read_state(ckpt, config, neuron, rank) for rank in range(tp)])
+    # to a graph, inv_freq and a tied lm_head are weights of their own
+    inv_freq = {"model.rotary_emb.inv_freq": RotaryEmbedding.from_config(config).inv_freq}
+    compiled.set_weights([read_state(ckpt, config, neuron, rank) | inv_freq for rank in range(tp)])
     compiled.to_neuron()
     return compiled
 
@@ -1289,18 +1306,12 @@ def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]
     save_file({"logits": pad(rows), "ids": pad([torch.tensor(prompt + ids) for prompt, ids in texts])}, file)
 
 
-def init_process_group(device: str, rank: int, **kwargs: str | int) -> None:
-    """Joins the group: gloo, and on a Neuron device also its own backend, for tensors there, on this rank's core.
-
-    In torch 2.9 gloo reports to stdout that it did; stdout belongs to the result.
-    """
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+def init_process_group(device: str, local_rank: int, **kwargs: str | int) -> None:
+    """Joins the group: gloo, and on a Neuron device also that device's own backend, on this rank's core."""
     if device != "cpu":
-        torch.accelerator.set_device_index(rank)
-    dist.init_process_group("gloo" if device == "cpu" else f"cpu:gloo,{device}:{device}", **kwargs)
-    os.dup2(stdout, 1)
-    os.close(stdout)
+        torch.accelerator.set_device_index(local_rank)
+    with stdout_to_stderr():
+        dist.init_process_group("gloo" if device == "cpu" else f"cpu:gloo,{device}:{device}", **kwargs)
 
 
 def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int) -> None:
