@@ -871,7 +871,7 @@ def next_tokens(
     return logits[-1][rows, last].argmax(-1).tolist()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors are of another kind than the first KV cache, and recompile
 def greedy_steps(
     model: LlamaForCausalLM,
     prompts: list[list[int]],
@@ -969,6 +969,7 @@ def compile_nxd(
     import torch_neuronx
     from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
 
+    neuron = neuron.with_buckets()
     start, tp, B = time.perf_counter(), neuron.tp_degree, neuron.batch_size
     lengths = (neuron.prefill_chunk_size,) if neuron.prefill_chunk_size else neuron.context_encoding_buckets
     with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
@@ -1206,14 +1207,14 @@ def run(args: argparse.Namespace) -> None:
     """One rank's work, once its process group is there: load, generate, and on rank 0 show what came out."""
     clock = [time.perf_counter()]
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if args.why and rank == 0 and not args.json:
-        print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
     if args.backend == "nxd":
         model = compile_nxd(args.ckpt, args.config, args.neuron, args.attn, bool(args.output_logits))
     else:
         flags = {"dtype": DTYPES.get(args.dtype), "sequence_length": args.sequence_length, "device": args.device}
         flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
         model = load_model(args.ckpt, tp_rank=rank, **flags)
+    if args.why and rank == 0 and not args.json:
+        print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
     eos = () if args.ignore_eos else model.config.eos_token_id
     text = Text(args.ckpt)
     # one text is shown as it is made; several would mix, and are shown at the end
