@@ -234,9 +234,6 @@ class NeuronConfig:
             f"--sequence-length {neuron.sequence_length} exceeds {limit}, where {config.rope_parameters['rope_type']}"
             f" rope takes other frequencies as the text grows, which a static graph cannot: use {limit} or less",
         )
-        largest = max(neuron.context_encoding_buckets, default=0)
-        rule = f"exceeds --sequence-length {neuron.sequence_length}: change either"
-        require(largest <= neuron.sequence_length, f"{ckpt}: bucket {largest} of context_encoding_buckets {rule}")
         return neuron
 
 
@@ -719,9 +716,7 @@ class LlamaForCausalLM(nn.Module):
     pair from each rank instead of its logits.
     """
 
-    def __init__(
-        self, config: LlamaConfig, neuron_config: NeuronConfig, attn: str = "eager", backend: str = "torch"
-    ) -> None:
+    def __init__(self, config: LlamaConfig, neuron_config: NeuronConfig, attn="eager", backend="torch") -> None:
         super().__init__()
         self.config, self.neuron_config = config, neuron_config
         parallel = parallel_layers(backend)
@@ -845,10 +840,9 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
         require(prompt, f"prompt {number} is empty: give it at least one token")
         require(len(prompt) < neuron.sequence_length, f"prompt {number} has {len(prompt)} tokens, {room}")
         largest = max(neuron.context_encoding_buckets, default=len(prompt))
-        rule = f"context_encoding_buckets of neuron_config.json end at {largest}: add one, or set prefill_chunk_size"
-        require(
-            neuron.prefill_chunk_size or len(prompt) <= largest, f"prompt {number} has {len(prompt)} tokens, {rule}"
-        )
+        fits = neuron.prefill_chunk_size or len(prompt) <= largest
+        rule = f"context_encoding_buckets end at {largest}: add one to neuron_config.json, or set prefill_chunk_size"
+        require(fits, f"prompt {number} has {len(prompt)} tokens, {rule}")
         wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
         require(not wrong, f"prompt {number}: token id {wrong[:1]} is outside the vocabulary of {config.vocab_size}")
 
@@ -920,26 +914,28 @@ def generate(
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def choose_backend(backend: str, device: str | None) -> tuple[str, str, str]:
-    """Backend, device and the reason, from --backend, --device and what is installed. Raises UsageError.
+def choose_backend(args: argparse.Namespace) -> None:
+    """Makes `backend` and `device` definite, by what is installed; `why` tells the reason if backend is auto.
 
-    `nxd` is neuronx-distributed on torch-xla (Trn1, Inf2); `torch` is plain torch, on a CPU or on TorchNeuron (Trn2,
-    Trn3), whose package shares its name, torch_neuronx, with the one that NxD builds on, but comes without torch_xla.
+    `nxd` is neuronx-distributed on torch-xla (Trn1, Inf2). `torch` is plain torch, on a CPU or on TorchNeuron (Trn2,
+    Trn3), whose package is named torch_neuronx like the one that NxD builds on, but comes without torch_xla.
     """
     nxd, xla, neuronx = (find_spec(name) for name in ("neuronx_distributed", "torch_xla", "torch_neuronx"))
-    found, why = None, "neither neuronx_distributed nor torch_neuronx is installed"
-    if nxd and xla:
-        found, why = "nxd", "neuronx_distributed is installed"
-    elif neuronx and not xla:
-        found, why = "torch", "torch_neuronx is installed, without torch_xla"
-    usable = found and backend in ("auto", found)
-    device = device or ("neuron" if usable or backend == "nxd" else "cpu")
-    if device == "cpu":
-        require(backend != "nxd", "--backend nxd compiles for Neuron devices: leave out --device cpu")
-        return "torch", device, "as asked" if found else why
-    way_out = "see `On Neuron` in README.md for what to install, or take --device cpu"
-    require(usable, f"--backend {backend} on a Neuron device is not to be had here, {why}: {way_out}")
-    return found, device, why
+    found = "nxd" if nxd and xla else "torch" if neuronx and not xla else None
+    why = "neither neuronx_distributed nor torch_neuronx is installed"
+    if found:
+        why = "neuronx_distributed is installed" if nxd else "torch_neuronx is installed, without torch_xla"
+    usable = found and args.backend in ("auto", found)
+    args.device = args.device or ("neuron" if usable or args.backend == "nxd" else "cpu")
+    reason = "as asked" if found and args.device == "cpu" else why
+    args.why = reason if args.backend == "auto" else None
+    if args.device == "cpu":
+        require(args.backend != "nxd", "--backend nxd compiles for Neuron devices: leave out --device cpu")
+        args.backend = "torch"
+    else:
+        way_out = "see `On Neuron` in README.md for what to install, or take --device cpu"
+        require(usable, f"--backend {args.backend} on a Neuron device is not to be had here, {why}: {way_out}")
+        args.backend = found
 
 
 @contextmanager
@@ -957,11 +953,8 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 @stdout_to_stderr()
-def compile_nxd(
-    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, attn: str, output_logits: bool
-) -> nn.Module:
-    """All ranks' model on this host's NeuronCores, called as `LlamaForCausalLM` is: with `last`, or without if
-    `output_logits`.
+def compile_nxd(ckpt: str, config: LlamaConfig, neuron: NeuronConfig, attn: str, output_logits: bool) -> nn.Module:
+    """All ranks' model on this host's NeuronCores; called as `LlamaForCausalLM`, without `last` if `output_logits`.
 
     One process traces each graph once, as rank 0: decoding, and the prefill buckets or the chunk. The compiled graphs
     are kept beside the shards, under a name that tells their shapes and a digest of what they depend on.
@@ -1017,14 +1010,9 @@ def count_numbers(config: LlamaConfig, neuron: NeuronConfig) -> tuple[int, int, 
 
 
 def plan(config: LlamaConfig, neuron: NeuronConfig) -> dict:
-    """What --plan tells of one tp_degree: heads and bytes of a rank; but of all ranks together `zero_heads`, the bytes
-    of all zeros (padding), and those of copies (replicated). `fits` is None where an instance has no such tp_degree."""
-    tp, hidden, layers, size = (
-        neuron.tp_degree,
-        config.hidden_size,
-        config.num_hidden_layers,
-        neuron.torch_dtype.itemsize,
-    )
+    """What --plan tells of one tp_degree: heads and bytes of a rank, but zero heads, padding (bytes of all zeros) and
+    replicated bytes (of copies) of all ranks. `fits` is None where an instance has no such tp_degree."""
+    tp, hidden, layers = neuron.tp_degree, config.hidden_size, config.num_hidden_layers
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     query, key = (sum(map(len, ranks)) for ranks in zip(*shard_heads(heads, kv_heads, tp), strict=True))
     zero_kv_heads = query - heads if tp % kv_heads and kv_heads % tp else 0
@@ -1034,6 +1022,7 @@ def plan(config: LlamaConfig, neuron: NeuronConfig) -> dict:
     copies += layers * (key - zero_kv_heads - kv_heads) * 2 * config.head_dim * (hidden + config.attention_bias)
     copies += config.vocab_size * hidden * (config.tie_word_embeddings and not shares_embedding(config, neuron))
     padding = tp * weights - count_numbers(config, replace(neuron, tp_degree=1))[0] - copies
+    size = neuron.torch_dtype.itemsize
     total = (weights + cache) * size
     return {
         "tp_degree": tp,
@@ -1247,13 +1236,8 @@ def run(args: argparse.Namespace) -> None:
             }
             for prompt, ids in zip(args.prompts, completions, strict=True)
         ]
-        config = {
-            "backend": args.backend,
-            "device": args.device,
-            "attn": args.attn,
-            **asdict(model.config),
-            **asdict(model.neuron_config),
-        }
+        config = {"backend": args.backend, "device": args.device, "attn": args.attn} | asdict(model.config)
+        config |= asdict(model.neuron_config)
         print(to_json({"completions": rows, "timings": timings, "config": config}))
         return
     print(
@@ -1343,9 +1327,7 @@ def main() -> None:
     args = parse_args()
     if args.plan:
         return show_plan(args)
-    auto = args.backend == "auto"
-    args.backend, args.device, why = choose_backend(args.backend, args.device)
-    args.why = why if auto else None
+    choose_backend(args)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return run_torchrun(args)
     args.prompts = read_prompts(args)

@@ -6,6 +6,7 @@ traced for Neuron, and then executed for both ranks side by side, with collectiv
 
 import json
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -262,6 +263,7 @@ class Counted:
     [
         ({"context_encoding_buckets": [32, 8, 16]}, [8]),
         ({"context_encoding_buckets": [4, 16]}, [16]),
+        ({"context_encoding_buckets": [128]}, [128]),  # more than the cache has
         ({"prefill_chunk_size": 3}, [3, 3, 3]),
         ({"prefill_chunk_size": 7}, [7]),
         ({"prefill_chunk_size": 4, "context_encoding_buckets": [16]}, [4, 4]),
@@ -305,17 +307,13 @@ def test_buckets_that_are_no_list_of_lengths_are_refused(buckets: object, checkp
         NeuronConfig.for_checkpoint(tmp_path, config)
 
 
-def test_a_bucket_beyond_the_cache_and_a_prompt_beyond_the_buckets_are_refused(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_beyond_the_buckets_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     config = LlamaConfig.from_pretrained(checkpoint)
     (tmp_path / "neuron_config.json").write_text(json.dumps({"context_encoding_buckets": [8], "sequence_length": 64}))
     neuron = NeuronConfig.for_checkpoint(tmp_path, config)
     llama_neuron.check_prompts([[1] * 8], config, neuron)
-    with pytest.raises(UsageError, match=r"prompt 1 has 9 tokens, .*end at 8: add one, or set prefill_chunk_size"):
+    with pytest.raises(UsageError, match=r"prompt 1 has 9 tokens, .*end at 8: add one to neuron_config.json, or set"):
         llama_neuron.check_prompts([[1] * 9], config, neuron)
-    with pytest.raises(UsageError, match="bucket 8 of context_encoding_buckets exceeds --sequence-length 4"):
-        NeuronConfig.for_checkpoint(tmp_path, config, sequence_length=4)
 
 
 # ------------------------------------------------------------------------------------------------------ what is picked
@@ -333,17 +331,17 @@ STACKS = {
     "stack, backend, device, picked",
     [
         ("nothing", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
-        ("nothing", "torch", None, ("torch", "cpu")),
-        ("torch-xla", "auto", None, ("torch", "cpu")),
-        ("placeholders", "auto", None, ("torch", "cpu")),
+        ("nothing", "torch", None, ("torch", "cpu", None)),
+        ("torch-xla", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
+        ("placeholders", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
         ("NxD", "auto", None, ("nxd", "neuron", "neuronx_distributed is installed")),
-        ("NxD", "auto", "neuron", ("nxd", "neuron")),
-        ("NxD", "nxd", None, ("nxd", "neuron")),
-        ("NxD", "torch", None, ("torch", "cpu")),
+        ("NxD", "auto", "neuron", ("nxd", "neuron", "neuronx_distributed is installed")),
+        ("NxD", "nxd", None, ("nxd", "neuron", None)),
+        ("NxD", "torch", None, ("torch", "cpu", None)),
         ("NxD", "auto", "cpu", ("torch", "cpu", "as asked")),
         ("TorchNeuron", "auto", None, ("torch", "neuron", "torch_neuronx is installed, without torch_xla")),
-        ("TorchNeuron", "torch", None, ("torch", "neuron")),
-        ("TorchNeuron", "torch", "cpu", ("torch", "cpu")),
+        ("TorchNeuron", "torch", None, ("torch", "neuron", None)),
+        ("TorchNeuron", "torch", "cpu", ("torch", "cpu", None)),
         ("nothing", "auto", "neuron", "neither neuronx_distributed nor torch_neuronx is installed: see `On Neuron`"),
         ("nothing", "nxd", None, "neither neuronx_distributed nor torch_neuronx is installed: see `On Neuron`"),
         ("TorchNeuron", "nxd", None, "--backend nxd on a Neuron device is not to be had here"),
@@ -353,8 +351,10 @@ STACKS = {
 )
 def test_the_backend_is_picked_by_what_is_installed(stack, backend, device, picked, monkeypatch) -> None:
     monkeypatch.setattr(llama_neuron, "find_spec", lambda name: name in STACKS[stack] or None)
+    args = Namespace(backend=backend, device=device)
     if isinstance(picked, str):
         with pytest.raises(UsageError, match=picked):
-            choose_backend(backend, device)
+            choose_backend(args)
     else:
-        assert choose_backend(backend, device)[: len(picked)] == picked
+        choose_backend(args)
+        assert (args.backend, args.device, args.why) == picked
