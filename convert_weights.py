@@ -255,11 +255,8 @@ def convert(hf: str | Path, out: str | Path, config: LlamaConfig, neuron: Neuron
     require(out.resolve() != hf.resolve(), f"--out {out} is the HF directory itself: name another one")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for pattern in (
-            "neuron_config.json",
-            *COPIED,
-            "tp*_sharded_checkpoint.safetensors",
-        ):  # of an earlier conversion
+        # of an earlier conversion: shards, and graphs that were compiled for them
+        for pattern in ("neuron_config.json", *COPIED, "tp*_sharded_checkpoint.safetensors", "nxd-*.pt"):
             for stale in out.glob(pattern):
                 stale.unlink()
     except OSError as error:

@@ -740,8 +740,9 @@ class LlamaForCausalLM(nn.Module):
         logits = self.lm_head(hidden_states).float()  # B V/tp
         first = self.rank_util.get_rank() * logits.shape[-1]
         vocabulary = first + torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)  # V/tp
+        inside = vocabulary < torch.full_like(vocabulary, self.config.vocab_size)  # torch-xla takes a number as int64
         # the padding's logits are 0, which would win where all others are negative
-        value, index = torch.where(vocabulary < self.config.vocab_size, logits, -1e9).max(dim=-1)  # B
+        value, index = torch.where(inside, logits, -1e9).max(dim=-1)  # B
         # float32 holds every index below 2^24, so that one collective carries both
         pair = torch.stack((value, (index.int() + first).float()), dim=-1)  # B 2
         values, indices = self.gather(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
@@ -959,9 +960,11 @@ def compile_nxd(ckpt: str, config: LlamaConfig, neuron: NeuronConfig, attn: str,
     One process traces each graph once, as rank 0: decoding, and the prefill buckets or the chunk. The compiled graphs
     are kept beside the shards, under a name that tells their shapes and a digest of what they depend on.
     """
-    import torch_neuronx
-    from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
-
+    try:
+        import torch_neuronx
+        from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
+    except ImportError as error:  # such as from a placeholder of that name
+        raise UsageError(f"--backend nxd: {error}: see `On Neuron` in README.md for what to install") from None
     neuron = neuron.with_buckets()
     start, tp, B = time.perf_counter(), neuron.tp_degree, neuron.batch_size
     lengths = (neuron.prefill_chunk_size,) if neuron.prefill_chunk_size else neuron.context_encoding_buckets

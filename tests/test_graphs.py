@@ -44,11 +44,23 @@ OPS = {
     *("aten.add.Tensor", "aten.mul.Tensor", "aten.neg", "aten.pow.Tensor_Scalar", "aten.mean.dim"),
     *("aten.view", "aten.expand", "aten.permute", "aten.unsqueeze", "aten.squeeze.dims", "aten.alias"),
     *("aten.cat", "aten.slice.Tensor", "aten.split_with_sizes", "aten.clone", "aten._to_copy"),
-    *("aten.arange.start_step", "aten.scalar_tensor", "aten.le.Tensor", "aten.lt.Scalar", "aten.where.self"),
+    *(
+        "aten.arange.start_step",
+        "aten.full",
+        "aten.scalar_tensor",
+        "aten.le.Tensor",
+        "aten.lt.Tensor",
+        "aten.where.self",
+    ),
     *("aten.scatter.src", "aten.gather", "aten.max.dim", "aten.argmax"),
 }
 SHARDED_OPS = OPS | {
-    *("aten.sub.Tensor", "aten.ge.Scalar", "aten.bitwise_and.Tensor"),  # which rows of the vocabulary a rank has
+    *(
+        "aten.sub.Tensor",
+        "aten.ge.Scalar",
+        "aten.lt.Scalar",
+        "aten.bitwise_and.Tensor",
+    ),  # which rows of the vocabulary a rank has
     *("_c10d_functional.all_reduce", "_c10d_functional.all_gather_into_tensor", "_c10d_functional.wait_tensor"),
 }
 INT64_OPS = {"aten._to_copy", "aten.max.dim", "aten.argmax"}  # indices, made and used as such
