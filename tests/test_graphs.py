@@ -44,14 +44,8 @@ OPS = {
     *("aten.add.Tensor", "aten.mul.Tensor", "aten.neg", "aten.pow.Tensor_Scalar", "aten.mean.dim"),
     *("aten.view", "aten.expand", "aten.permute", "aten.unsqueeze", "aten.squeeze.dims", "aten.alias"),
     *("aten.cat", "aten.slice.Tensor", "aten.split_with_sizes", "aten.clone", "aten._to_copy"),
-    *(
-        "aten.arange.start_step",
-        "aten.full",
-        "aten.scalar_tensor",
-        "aten.le.Tensor",
-        "aten.lt.Tensor",
-        "aten.where.self",
-    ),
+    *("aten.arange.start_step", "aten.full_like", "aten.scalar_tensor"),
+    *("aten.le.Tensor", "aten.lt.Tensor", "aten.where.self"),
     *("aten.scatter.src", "aten.gather", "aten.max.dim", "aten.argmax"),
 }
 SHARDED_OPS = OPS | {
