@@ -856,9 +856,11 @@ def next_tokens(
     size = model.neuron_config.prefill_chunk_size or ids.shape[1]
     device = next(model.parameters(), ids).device  # an NxDModel shows no parameters, and takes what is on the host
     outputs: list[Tensor] = []
-    for chunk, at in zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True):
-        here = [] if logits is not None else [(last - len(outputs) * size).clamp(0, size - 1).int().to(device)]
-        outputs.append(model(chunk.to(device), at.to(device), *here).cpu())
+    # inference_mode is faster, but makes a KV cache of another kind than the first, for which a graph was compiled
+    with torch.no_grad() if model.neuron_config.context_encoding_buckets else torch.inference_mode():
+        for chunk, at in zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True):
+            here = [] if logits is not None else [(last - len(outputs) * size).clamp(0, size - 1).int().to(device)]
+            outputs.append(model(chunk.to(device), at.to(device), *here).cpu())
     rows = torch.arange(len(ids))
     if logits is None:  # of the choices made in each chunk, the one of the chunk where the row ends
         return torch.stack(outputs, dim=1)[rows, last // size].tolist()
@@ -866,7 +868,6 @@ def next_tokens(
     return logits[-1][rows, last].argmax(-1).tolist()
 
 
-@torch.no_grad()  # not inference_mode: its tensors are of another kind than the first KV cache, and recompile
 def greedy_steps(
     model: LlamaForCausalLM,
     prompts: list[list[int]],
