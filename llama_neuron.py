@@ -5,8 +5,8 @@ is a tensor of fixed size, every shape is known before the first token, and what
 checkpoint. `convert_weights.py` writes that checkpoint, one shard a rank; an HF directory is read as it is, too.
 
 The order follows the data: configs, parallel layers, RMSNorm, rotary embedding, KV cache, attention, MLP, decoder
-layer, model, loading, generation, command line. Letters in shapes: B batch, T new tokens, S cache slots attended to, E
-hidden size, H query heads and K key/value heads of one rank, G = H/K, D head_dim, V vocabulary.
+layer, model, loading, generation, backends, plan, command line. Letters in shapes: B batch, T new tokens, S cache slots
+attended to, E hidden size, H query heads and K key/value heads of one rank, G = H/K, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -924,9 +924,11 @@ def choose_backend(args: argparse.Namespace) -> None:
     """
     nxd, xla, neuronx = (find_spec(name) for name in ("neuronx_distributed", "torch_xla", "torch_neuronx"))
     found = "nxd" if nxd and xla else "torch" if neuronx and not xla else None
-    why = "neither neuronx_distributed nor torch_neuronx is installed"
+    why = "neither neuronx_distributed nor TorchNeuron is installed"
     if found:
-        why = "neuronx_distributed is installed" if nxd else "torch_neuronx is installed, without torch_xla"
+        why = (
+            "neuronx_distributed is installed" if nxd else "TorchNeuron is installed (torch_neuronx without torch_xla)"
+        )
     usable = found and args.backend in ("auto", found)
     args.device = args.device or ("neuron" if usable or args.backend == "nxd" else "cpu")
     reason = "as asked" if found and args.device == "cpu" else why

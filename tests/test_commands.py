@@ -184,7 +184,7 @@ def new_ids(ran: Ran) -> list[list[int]]:
 
 def timings_line(prefill: int, decode: int) -> re.Pattern[str]:
     return re.compile(
-        r"backend torch on cpu: neither neuronx_distributed nor torch_neuronx is installed\n"
+        r"backend torch on cpu: neither neuronx_distributed nor TorchNeuron is installed\n"
         rf"load \d+\.\d\d s, prefill {prefill} tokens in \d+ ms, decode {decode} at \d+\.\d tokens/s,"
         r" \d+\.\d GB/s of weights, peak memory \d+\.\d\d GB\n"
     )

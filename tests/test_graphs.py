@@ -5,10 +5,12 @@ traced for Neuron, and then executed for both ranks side by side, with collectiv
 """
 
 import json
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -336,20 +338,25 @@ STACKS = {
 @pytest.mark.parametrize(
     "stack, backend, device, picked",
     [
-        ("nothing", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
+        ("nothing", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor TorchNeuron is installed")),
         ("nothing", "torch", None, ("torch", "cpu", None)),
-        ("torch-xla", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
-        ("placeholders", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor torch_neuronx is installed")),
+        ("torch-xla", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor TorchNeuron is installed")),
+        ("placeholders", "auto", None, ("torch", "cpu", "neither neuronx_distributed nor TorchNeuron is installed")),
         ("NxD", "auto", None, ("nxd", "neuron", "neuronx_distributed is installed")),
         ("NxD", "auto", "neuron", ("nxd", "neuron", "neuronx_distributed is installed")),
         ("NxD", "nxd", None, ("nxd", "neuron", None)),
         ("NxD", "torch", None, ("torch", "cpu", None)),
         ("NxD", "auto", "cpu", ("torch", "cpu", "as asked")),
-        ("TorchNeuron", "auto", None, ("torch", "neuron", "torch_neuronx is installed, without torch_xla")),
+        (
+            "TorchNeuron",
+            "auto",
+            None,
+            ("torch", "neuron", "TorchNeuron is installed (torch_neuronx without torch_xla)"),
+        ),
         ("TorchNeuron", "torch", None, ("torch", "neuron", None)),
         ("TorchNeuron", "torch", "cpu", ("torch", "cpu", None)),
-        ("nothing", "auto", "neuron", "neither neuronx_distributed nor torch_neuronx is installed: see `On Neuron`"),
-        ("nothing", "nxd", None, "neither neuronx_distributed nor torch_neuronx is installed: see `On Neuron`"),
+        ("nothing", "auto", "neuron", "neither neuronx_distributed nor TorchNeuron is installed: see `On Neuron`"),
+        ("nothing", "nxd", None, "neither neuronx_distributed nor TorchNeuron is installed: see `On Neuron`"),
         ("TorchNeuron", "nxd", None, "--backend nxd on a Neuron device is not to be had here"),
         ("NxD", "torch", "neuron", "--backend torch on a Neuron device is not to be had here"),
         ("NxD", "nxd", "cpu", "leave out --device cpu"),
@@ -364,3 +371,13 @@ def test_the_backend_is_picked_by_what_is_installed(stack, backend, device, pick
     else:
         choose_backend(args)
         assert (args.backend, args.device, args.why) == picked
+
+
+def test_a_package_that_only_has_nxds_name_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neuronx_distributed", ModuleType("neuronx_distributed"))
+    monkeypatch.setitem(sys.modules, "torch_neuronx", ModuleType("torch_neuronx"))
+    config = LlamaConfig.from_pretrained(checkpoint)
+    with pytest.raises(
+        UsageError, match=r"--backend nxd: cannot import name 'ModelBuilder'.*see `On Neuron` in README"
+    ):
+        llama_neuron.compile_nxd(str(checkpoint), config, NeuronConfig(), "eager", False)
