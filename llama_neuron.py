@@ -276,15 +276,6 @@ def shard_heads(num_attention_heads: int, num_key_value_heads: int, tp_degree: i
 # and tensor names of the originals. Weights are shards from the start: nothing here ever holds a whole matrix.
 
 
-def parallel_layers(backend: str) -> ModuleType:
-    """Where the model takes its parallel layers from, by the same five names: NxD for `nxd`, else this file."""
-    if backend != "nxd":
-        return sys.modules[__name__]
-    from neuronx_distributed.parallel_layers import layers
-
-    return layers
-
-
 def get_tensor_model_parallel_size() -> int:
     """Ranks in the default process group; 1 where there is none."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -719,7 +710,9 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig, neuron_config: NeuronConfig, attn="eager", backend="torch") -> None:
         super().__init__()
         self.config, self.neuron_config = config, neuron_config
-        parallel = parallel_layers(backend)
+        parallel = sys.modules[__name__]  # where parallel layers come from: this file, or NxD, by the same five names
+        if backend == "nxd":
+            from neuronx_distributed.parallel_layers import layers as parallel
         self.model = LlamaModel(config, neuron_config, attn, parallel)
         kwargs = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype, "pad": True}
         self.lm_head = parallel.ColumnParallelLinear(config.hidden_size, config.vocab_size, **kwargs)
