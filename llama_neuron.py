@@ -82,9 +82,8 @@ def read_fields(cls: type, raw: dict, path: Path) -> dict:
         name, value = field.name, raw.get(field.name)
         if field.type in types and (value is not None or (field.type == "int" and field.default is MISSING)):
             kind = "positive integer" if field.type.startswith("int") else field.type
-            fits = isinstance(value, types[field.type]) and (
-                kind in ("bool", "str") or value > 0 or value == field.default
-            )
+            fits = isinstance(value, types[field.type])
+            fits = fits and (kind in ("bool", "str") or value > 0 or value == field.default)
             require(fits, f"{path}: {name} must be a {kind}, it is {value!r}")
             values[name] = value
     return values
@@ -161,9 +160,8 @@ def standardize_rope_parameters(raw: dict, path: Path) -> dict:
     rope = dict(given)
     rope["rope_type"] = kind = rope.get("rope_type") or rope.pop("type", "default")
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
-    require(
-        kind in list(ROPE_PARAMETERS), f"{path}: rope_type {kind!r} is not supported, {', '.join(ROPE_PARAMETERS)} are"
-    )
+    known = list(ROPE_PARAMETERS)
+    require(kind in known, f"{path}: rope_type {kind!r} is not supported, {', '.join(known)} are")
     missing = ", ".join(key for key in ROPE_PARAMETERS[kind] if rope.get(key) is None)
     require(not missing, f"{path}: rope_type {kind!r} needs {missing}")
     texts = ", ".join(key for key, value in rope.items() if isinstance(value, str) and key != "rope_type")
@@ -222,9 +220,8 @@ class NeuronConfig:
             neuron = cls(**read_fields(cls, raw, path), context_encoding_buckets=tuple(buckets))
             require(neuron.fused_qkv, f"{path}: fused_qkv is not true, convert again with convert_weights.py")
             made, asked = neuron.tp_degree, flags.get("tp_degree", neuron.tp_degree)
-            require(
-                made == asked, f"{ckpt} was converted for --tp {made}: use that, or convert again with --tp {asked}"
-            )
+            way_out = f"use that, or convert again with --tp {asked}"
+            require(made == asked, f"{ckpt} was converted for --tp {made}: {way_out}")
         else:
             length = min(2048, config.max_position_embeddings, limit or 2048)
             neuron = cls(sequence_length=length, torch_dtype=config.torch_dtype)
@@ -456,9 +453,8 @@ class RotaryEmbedding(nn.Module):
     def from_config(cls, config: LlamaConfig) -> RotaryEmbedding:
         """The rotary embedding of the config's rope_type. Raises UsageError where transformers is needed and absent."""
         rope = config.rope_parameters
-        inv_freq = 1.0 / rope["rope_theta"] ** (
-            torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        )
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        inv_freq = 1.0 / rope["rope_theta"] ** exponent
         if rope["rope_type"] == "default":
             return cls(inv_freq)
         if rope["rope_type"] == "linear":
@@ -480,11 +476,8 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
     high_freq_factor are kept, and those between are blended."""
 
     def __init__(self, inv_freq: Tensor, rope: dict) -> None:
-        low, high, original = (
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        )
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        original = rope["original_max_position_embeddings"]
         wavelen = 2 * torch.pi / inv_freq
         divided = inv_freq / rope["factor"]
         smooth = (original / wavelen - low) / (high - low)
@@ -503,10 +496,8 @@ def transformers_rope(config: LlamaConfig) -> tuple[Tensor, float]:
         from transformers import LlamaConfig as HFLlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     except ImportError:
-        way_out = "pip install transformers"
-        raise UsageError(
-            f"config.json: rope_type {rope['rope_type']!r} is computed by transformers: {way_out}"
-        ) from None
+        reason = f"rope_type {rope['rope_type']!r} is computed by transformers: pip install transformers"
+        raise UsageError(f"config.json: {reason}") from None
     hf_config = HFLlamaConfig(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -919,9 +910,8 @@ def choose_backend(args: argparse.Namespace) -> None:
     found = "nxd" if nxd and xla else "torch" if neuronx and not xla else None
     why = "neither neuronx_distributed nor TorchNeuron is installed"
     if found:
-        why = (
-            "neuronx_distributed is installed" if nxd else "TorchNeuron is installed (torch_neuronx without torch_xla)"
-        )
+        native = "TorchNeuron is installed (torch_neuronx without torch_xla)"
+        why = "neuronx_distributed is installed" if nxd else native
     usable = found and args.backend in ("auto", found)
     args.device = args.device or ("neuron" if usable or args.backend == "nxd" else "cpu")
     reason = "as asked" if found and args.device == "cpu" else why
@@ -1088,19 +1078,10 @@ def parse_args() -> argparse.Namespace:
     add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote, or an HF directory as it is")
     add("--tp", type=degrees, metavar="N", help="tensor-parallel ranks (default: as converted, else 1)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: standard input")
-    add(
-        "--prompt-ids",
-        dest="prompts",
-        action="append",
-        type=token_ids,
-        metavar="1,2,3",
-        help="token ids instead of text",
-    )
+    add("--prompt-ids", dest="prompts", action="append", type=token_ids, metavar="1,2,3", help="instead of text")
     add("--max-new-tokens", type=positive, default=64, metavar="M", help="default: %(default)s")
     add("--batch-size", type=positive, metavar="B", help="rows of the static batch (default: enough for the prompts)")
-    add(
-        "--sequence-length", type=positive, metavar="S", help="prompt and new tokens (default: as converted, else 2048)"
-    )
+    add("--sequence-length", type=positive, metavar="S", help="prompt and new tokens (default: as converted, or 2048)")
     add("--dtype", choices=DTYPES, help="default: as converted, else the checkpoint's")
     add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
     add("--backend", choices=("auto", "torch", "nxd"), default="auto", help="default: by what is installed, else torch")
@@ -1132,9 +1113,8 @@ class Text:
     def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
             return prompt
-        require(
-            self.tokenizer, "no tokenizer.json beside config.json: give --prompt-ids, or save one with transformers"
-        )
+        way_out = "give --prompt-ids, or save one with transformers"
+        require(self.tokenizer, f"no tokenizer.json beside config.json: {way_out}")
         return self.tokenizer.encode(prompt).ids
 
     def decode(self, ids: list[int]) -> str:
