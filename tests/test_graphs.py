@@ -5,8 +5,10 @@ traced for Neuron, and then executed for both ranks side by side, with collectiv
 """
 
 import json
+import os
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -236,7 +238,9 @@ def compiled_rank(rank: int, folder: Path, checkpoint: Path) -> None:
     model.compile(backend=aot_autograd(fw_compiler=count), fullgraph=True, dynamic=False)
     ids = [generate(model, [prompt], 64, ()) for prompt in (PROMPT, PROMPT[:3])]
     (folder / f"rank{rank}.json").write_text(json.dumps({"graphs": len(graphs), "ids": ids}))
-    dist.destroy_process_group()
+    while len(list(folder.glob("rank*.json"))) < 2:  # neither leaves while the other may still be in a collective
+        time.sleep(0.01)
+    os._exit(0)  # in about one of forty runs torch aborts while an interpreter that compiled over gloo is torn down
 
 
 def test_compiled_at_tp_2_there_are_two_graphs_and_64_tokens_compile_no_other(checkpoint: Path) -> None:
