@@ -1131,13 +1131,16 @@ class Text:
 
 
 def read_prompts(args: argparse.Namespace) -> list[list[int]]:
-    """Token ids of --prompt and --prompt-ids, else of piped standard input, else of a built-in sentence."""
+    """Token ids of --prompt and --prompt-ids, else of piped standard input, else of a built-in sentence.
+
+    Leaves the `Text` that it read in `args.text`, for the rank that shows the result.
+    """
     try:
         piped = "" if args.prompts or sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is no text, give --prompt or --prompt-ids: {error}") from None
-    text = Text(args.ckpt)
-    return [text.encode(prompt) for prompt in args.prompts or [piped or "The capital of France is"]]
+    args.text = Text(args.ckpt)
+    return [args.text.encode(prompt) for prompt in args.prompts or [piped or "The capital of France is"]]
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -1184,10 +1187,9 @@ def run(args: argparse.Namespace) -> None:
     if args.why and rank == 0 and not args.json:
         print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
     eos = () if args.ignore_eos else model.config.eos_token_id
-    text = Text(args.ckpt)
     # one text is shown as it is made; several would mix, and are shown at the end
     streams = rank == 0 and not args.json and len(args.prompts) == 1
-    show = text.stream() if streams else lambda token: None
+    show = args.text.stream() if streams else lambda token: None
     for token in args.prompts[0]:
         show(token)
     logits: list[Tensor] | None = [] if args.output_logits else None
@@ -1201,7 +1203,7 @@ def run(args: argparse.Namespace) -> None:
         show(completions[0][-1])
     if rank != 0:
         return
-    timings = measure(model, args.prompts, completions, clock)
+    text, timings = args.text, measure(model, args.prompts, completions, clock)
     if logits is not None:
         save_logits(args.output_logits, args.prompts, completions, logits)
     if args.json:

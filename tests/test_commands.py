@@ -41,6 +41,20 @@ CONFIG_EOS = 51  # of config.json, which counts only where generation_config.jso
 COPIED = ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
 WIDTH, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, POSITIONS = 32, 48, 2, 4, 2, 8, 128
 
+# what neuron_config.json and the `config` of --json hold of it where no flag says otherwise
+NEURON_CONFIG = {
+    "tp_degree": 1,
+    "batch_size": 1,
+    "sequence_length": POSITIONS,
+    "torch_dtype": "float32",
+    "fused_qkv": True,
+    "prefill_chunk_size": 0,
+    "output_logits": False,
+    "on_device_sampling": True,
+    "vocab_parallel": False,
+    "context_encoding_buckets": [],
+}
+
 
 # ----------------------------------------------------------------------------------------------- checkpoints and oracle
 
@@ -229,16 +243,8 @@ def test_json_is_one_object_on_stdout_with_every_key_of_the_design_and_nothing_e
         "backend": "torch",
         "device": "cpu",
         "attn": "eager",
-        "tp_degree": 1,
+        **NEURON_CONFIG,
         "batch_size": 3,
-        "sequence_length": POSITIONS,
-        "torch_dtype": "float32",
-        "fused_qkv": True,
-        "prefill_chunk_size": 0,
-        "output_logits": False,
-        "on_device_sampling": True,
-        "vocab_parallel": False,
-        "context_encoding_buckets": [],
         "vocab_size": len(WORDS),
         "hidden_size": WIDTH,
         "intermediate_size": INNER,
@@ -542,19 +548,7 @@ def test_progress_is_shown_on_a_terminal_only(run, monkeypatch):
 )
 def test_neuron_config_holds_optimums_keys_with_the_values_of_the_flags(run, flags, changes):
     assert run(CONVERT, "--hf", "hf", "--out", "out", "--tp", 2, *flags) == (0, "", "")
-    defaults = {
-        "tp_degree": 2,
-        "batch_size": 1,
-        "sequence_length": POSITIONS,
-        "torch_dtype": "float32",
-        "fused_qkv": True,
-        "prefill_chunk_size": 0,
-        "output_logits": False,
-        "on_device_sampling": True,
-        "vocab_parallel": False,
-        "context_encoding_buckets": [],
-    }
-    assert json.loads(Path("out/neuron_config.json").read_text()) == defaults | changes
+    assert json.loads(Path("out/neuron_config.json").read_text()) == NEURON_CONFIG | {"tp_degree": 2} | changes
 
 
 def test_the_default_sequence_length_is_2048_where_the_model_goes_on(run):
