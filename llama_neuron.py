@@ -326,21 +326,22 @@ class ColumnParallelLinear(nn.Module):
     """Beside HF's `nn.Linear`: each rank computes a slice of the output features.
 
     weight [output_size / tp, input_size], bias [output_size / tp]; `pad` rounds output_size up. The output stays
-    sharded, or is gathered and its padding cut off (`gather_output`). Differs from NxD's in that bias is added inside
-    the product, as in HF; NxD adds it to the rounded product.
+    sharded. Differs from NxD's in that bias is added inside the product, as in HF; NxD adds it to the rounded product.
     """
 
     def __init__(
         self, input_size: int, output_size: int, bias=True, gather_output=True, dtype=torch.float32, pad=False
     ) -> None:
         super().__init__()
-        self.output_size, self.gather_output = output_size, gather_output
+        if gather_output:
+            raise ValueError(
+                "ColumnParallelLinear: only gather_output=False is here, Llama gathers once, after lm_head"
+            )
         self.weight = empty_parameter(divide(output_size, pad), input_size, dtype=dtype)
         self.bias = empty_parameter(divide(output_size, pad), dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return gather_from_tensor_model_parallel_region(y)[..., : self.output_size] if self.gather_output else y
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
