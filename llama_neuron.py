@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +25,14 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
+from shutil import which
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -283,6 +287,8 @@ def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
     tp = get_tensor_model_parallel_size()
     if tp == 1:
         return x
+    if SharedMemory.joined:
+        return torch.cat(torch.ops.llama_neuron.exchange(x).unbind(), dim=-1)
     # functional collectives, here and below: the only ones that are ops of a graph, for torch.export and torch.compile
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, dist.group.WORLD.group_name)
     return torch.cat(torch.ops._c10d_functional.wait_tensor(gathered).chunk(tp), dim=-1)
@@ -292,8 +298,61 @@ def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
     """The sum of all ranks' x, in x's dtype."""
     if get_tensor_model_parallel_size() == 1:
         return x
+    if SharedMemory.joined:
+        return torch.ops.llama_neuron.exchange(x).sum(0)
     summed = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD.group_name)
     return torch.ops._c10d_functional.wait_tensor(summed)
+
+
+class SharedMemory:
+    """How the ranks that `--tp` starts on a CPU exchange tensors: through memory, without a socket.
+
+    Gloo sleeps until the other rank's packet is there: 400 to 1500 us for two ranks on two cores. Ranks that keep
+    looking for it take 6 us.
+    """
+
+    SIZE = 1 << 20  # bytes that a rank shows at a time
+    joined = False  # whether this process exchanges in this way
+
+    @classmethod
+    def allocate(cls, ranks: int) -> tuple[Tensor, list[list[Semaphore]]]:
+        """What all ranks share, made before they are forked: memory, and a semaphore for each writer and reader."""
+        memory = torch.empty(2, ranks, cls.SIZE, dtype=torch.uint8).share_memory_()
+        return memory, [[mp.Semaphore(0) for _ in range(ranks)] for _ in range(ranks)]
+
+    def __init__(self, rank: int, memory: Tensor, posts: list[list[Semaphore]]) -> None:
+        """Makes this process rank `rank`, and registers the op `llama_neuron::exchange`: x [...] -> [tp, ...]."""
+        self.rank, self.memory, self.turn = rank, memory, 0
+        self.outgoing = [post for reader, post in enumerate(posts[rank]) if reader != rank]
+        self.incoming = [post[rank] for writer, post in enumerate(posts) if writer != rank]
+        self.views: dict[tuple, tuple[Tensor, Tensor]] = {}  # making them anew would take as long as all the rest
+        self.library = torch.library.Library("llama_neuron", "DEF")  # an op, because a compiled graph can have one
+        self.library.define("exchange(Tensor x) -> Tensor")
+        self.library.impl("exchange", self.exchange, "CPU")
+        torch.library.register_fake("llama_neuron::exchange", lambda x: x.new_empty(len(posts), *x.shape))
+        SharedMemory.joined = True
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x [...] -> every rank's x [tp, ...]."""
+        if x.nbytes <= self.SIZE:
+            return self.exchange_piece(x)
+        pieces = [self.exchange_piece(piece) for piece in x.flatten().split(self.SIZE // x.itemsize)]
+        return torch.cat(pieces, dim=1).unflatten(1, x.shape)
+
+    def exchange_piece(self, x: Tensor) -> Tensor:
+        self.turn ^= 1  # a rank may be one exchange ahead of another, which then still reads the other half
+        key = self.turn, x.shape, x.dtype
+        if key not in self.views:
+            all_ranks = self.memory[self.turn, :, : x.nbytes].view(x.dtype).unflatten(1, x.shape)
+            self.views[key] = all_ranks, all_ranks[self.rank]
+        all_ranks, own = self.views[key]
+        own.copy_(x)
+        for post in self.outgoing:
+            post.release()
+        for post in self.incoming:
+            while not post.acquire(block=False):
+                os.sched_yield()
+        return all_ranks.clone()
 
 
 def divide(size: int, pad: bool) -> int:
@@ -302,6 +361,23 @@ def divide(size: int, pad: bool) -> int:
     if size % tp and not pad:
         raise ValueError(f"size {size} is not divisible by tensor-parallel degree {tp}, and pad=False")
     return -(-size // tp)
+
+
+HOST = ("cpu",)  # devices whose kernels are torch's own; elsewhere Neuron's compiler makes them
+
+
+def compiled_on_host(x: Tensor) -> bool:
+    """Whether `--compile` is tracing: what follows is for the loops that Inductor makes of it, not for Neuron."""
+    return torch.compiler.is_compiling() and x.device.type in HOST
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, and in a compiled step of one row the same as multiply and sum, in float32."""
+    if not (compiled_on_host(x) and x.numel() == x.shape[-1]):
+        return F.linear(x, weight, bias)
+    # one pass over the weights at 27-31 GB/s where F.linear reads 12-17, with norm and activation in the same loops
+    y = (x[..., None, :].float() * weight.float()).sum(-1)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -341,7 +417,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = empty_parameter(divide(output_size, pad), dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -371,8 +447,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if get_tensor_model_parallel_size() == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).to(self.reduce_dtype)).to(x.dtype)
+            return linear(x, self.weight, self.bias)
+        y = reduce_from_tensor_model_parallel_region(linear(x, self.weight, None).to(self.reduce_dtype)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -516,16 +592,12 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """HF's `apply_rotary_pos_emb`: q [B,H,T,D] and k [B,K,T,D], rotated by cos and sin [B,T,D]."""
-    cos, sin = cos[:, None], sin[:, None]  # B 1 T D
-    return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """HF's `apply_rotary_pos_emb`, on query and key heads at once: x [B,H+K,T,D], rotated by cos and sin [B,1,T,D]."""
+    return (x * cos) + (rotate_half(x) * sin)
 
 
 # -------------------------------------------------------------------------------------------------- KV cache, attention
-
-
-IN_PLACE = ("cpu",)  # devices whose KV cache is written in place
 
 
 class KVCache(nn.Module):
@@ -545,32 +617,38 @@ class KVCache(nn.Module):
 
     def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
-        index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
-        if self.k.device.type in IN_PLACE:  # torch.scatter would copy the whole cache for every token
-            self.k.scatter_(2, index, k)
-            self.v.scatter_(2, index, v)
+        if self.k.device.type in HOST:  # scatter would copy the whole cache for every token
+            row, head = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[1])[:, None]
+            self.k[row, head, position_ids[:, None]] = k
+            self.v[row, head, position_ids[:, None]] = v
         else:  # a buffer re-assigned is what ModelBuilder makes a graph's state; one written in place keeps its zeros
+            index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
             self.k, self.v = self.k.scatter(2, index, k), self.v.scatter(2, index, v)
         return self.k[:, :, :length], self.v[:, :, :length]
 
 
 def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `eager_attention_forward`, op by op: q [B,K,G*T,D], k and v [B,K,S,D], mask [B,1,T,S] -> [B,K,G*T,D].
+    """HF's `eager_attention_forward`, op by op: q [B,K,G*T,D], k and v [B,K,S,D], mask [B,1,G*T,S] -> [B,K,G*T,D].
 
     Differs: the query heads of a KV head lie side by side, so that k and v are not copied G times (`repeat_kv`); the
     mask puts -1e9 in the place of a score, where HF adds finfo.min: exp() so near the end of bfloat16's range gives NaN
     on Neuron.
     """
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # B K G*T S
-    grouped = scores.unflatten(2, (-1, mask.shape[2])).float()  # B K G T S
-    scores = torch.where(mask[:, :, None], grouped, -1e9).flatten(2, 3)  # B K G*T S
+    scores = torch.where(mask, scores.float(), -1e9)
     return torch.matmul(F.softmax(scores, dim=-1).to(q.dtype), v)
 
 
 def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """HF's `sdpa_attention_forward`: torch's fused kernel, on the shapes of `eager_attention_forward`."""
-    groups = q.shape[2] // mask.shape[2]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, groups, 1), scale=scaling)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+
+
+def compiled_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """What a compiled step takes for one new token (G*T is G): both products as multiply and sum, in float32."""
+    scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * scaling  # B K G S
+    weights = F.softmax(torch.where(mask, scores, -1e9), dim=-1)
+    return (weights[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype)  # B K G D
 
 
 ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
@@ -602,10 +680,11 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         B, T, _ = x.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
-        q, k, v = self.Wqkv(x).view(B, T, H + 2 * K, D).transpose(1, 2).tensor_split((H, H + K), dim=1)  # B H|K|K T D
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        qk, v = self.Wqkv(x).view(B, T, H + 2 * K, D).transpose(1, 2).split((H + K, K), dim=1)  # B H+K|K T D
+        q, k = apply_rotary_pos_emb(qk, cos, sin).split((H, K), dim=1)  # B H|K T D
         k, v = self.kv_cache.update(k, v, position_ids, length=mask.shape[-1])  # B K S D
-        y = self.attention(q.reshape(B, K, -1, D), k, v, mask, self.scaling)  # B K G*T D
+        attention = compiled_attention_forward if T == 1 and compiled_on_host(x) else self.attention
+        y = attention(q.reshape(B, K, -1, D), k, v, mask, self.scaling)  # B K G*T D
         return self.o_proj(y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -670,23 +749,16 @@ class LlamaModel(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, neuron.torch_dtype)
         self.rotary_emb = RotaryEmbedding.from_config(config)
         self.sequence_length = neuron.sequence_length
-        self.cache_bucket = neuron.sequence_length  # S, a constant of the graph and no input of it
+        self.groups = self.layers[0].self_attn.num_heads // self.layers[0].self_attn.num_kv_heads  # G
 
-    def set_cache_bucket(self, tokens: int) -> None:
-        """Let attention read only as many cache slots as `tokens` need: a power of two, 128 at least.
-
-        Cost follows the text and not the cache, and there are few graphs to compile. Fewer than 16 slots are taken as
-        they are: torch adds up a softmax shorter than a vector register in another order, and here HF's bits are kept.
-        """
-        bucket = tokens if tokens < 16 else max(128, 1 << (tokens - 1).bit_length())
-        self.cache_bucket = min(bucket, self.sequence_length)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, slots: Tensor | None = None) -> Tensor:
         """input_ids and position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
         x = self.embed_tokens(input_ids)  # B T E
-        cos, sin = self.rotary_emb(x, position_ids)  # B T D
-        slots = torch.arange(self.cache_bucket, dtype=torch.int32, device=x.device)  # S
-        mask = (slots <= position_ids[..., None])[:, None]  # B 1 T S: a token sees itself and what came before
+        cos, sin = (table[:, None] for table in self.rotary_emb(x, position_ids))  # B 1 T D
+        if slots is None:
+            slots = torch.arange(self.sequence_length, dtype=torch.int32, device=x.device)  # S
+        queries = position_ids[:, None].expand(-1, self.groups, -1).flatten(1)  # B G*T: the query heads of a KV head
+        mask = (slots <= queries[..., None])[:, None]  # B 1 G*T S: a token sees itself and what came before
         for layer in self.layers:
             x = layer(x, cos, sin, mask, position_ids)
         return self.norm(x)
@@ -711,10 +783,13 @@ class LlamaForCausalLM(nn.Module):
         self.gather = parallel.gather_from_tensor_model_parallel_region
         self.rank_util = parallel.SPMDRank(neuron_config.tp_degree)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
         """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V] of every position, the same on every rank;
-        with `last` [B] int32 -> int32 [B], the greedy choice at position `last` of each row."""
-        hidden_states = self.model(input_ids, position_ids)  # B T E
+        with `last` [B] int32 -> int32 [B], the greedy choice at position `last` of each row. `slots` int32 [S] counts
+        the first slots of the cache, to which attention keeps (`cache_slots`); without it, it reads the whole cache."""
+        hidden_states = self.model(input_ids, position_ids, slots)  # B T E
         if last is None:
             return self.gather(self.lm_head(hidden_states))[..., : self.config.vocab_size].float()
         index = last[:, None, None].expand(-1, 1, hidden_states.shape[-1]).long()  # B 1 E
@@ -833,8 +908,18 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
         require(not wrong, f"prompt {number}: token id {wrong[:1]} is outside the vocabulary of {config.vocab_size}")
 
 
+def cache_slots(tokens: int, sequence_length: int) -> Tensor:
+    """As many cache slots as attention has to read for `tokens`: a power of two, 128 at least, but not past the cache.
+
+    Cost follows the text and not the cache. Fewer than 16 slots are taken as they are: torch adds up a softmax shorter
+    than a vector register in another order, and here HF's bits are kept.
+    """
+    bucket = tokens if tokens < 16 else max(128, 1 << (tokens - 1).bit_length())
+    return torch.arange(min(bucket, sequence_length), dtype=torch.int32)
+
+
 def next_tokens(
-    model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None
+    model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, logits: list[Tensor] | None, **slots: Tensor
 ) -> list[int]:
     """The greedy choice at `last` [B] of ids and positions [B,T]: prefill at T > 1, in chunks if so configured, decode
     at T = 1. A list given as `logits` receives float32 [B,T,V]."""
@@ -845,7 +930,7 @@ def next_tokens(
     with torch.no_grad() if model.neuron_config.context_encoding_buckets else torch.inference_mode():
         for chunk, at in zip(ids.split(size, dim=1), positions.split(size, dim=1), strict=True):
             here = [] if logits is not None else [(last - len(outputs) * size).clamp(0, size - 1).int().to(device)]
-            outputs.append(model(chunk.to(device), at.to(device), *here).cpu())
+            outputs.append(model(chunk.to(device), at.to(device), *here, **slots).cpu())
     rows = torch.arange(len(ids))
     if logits is None:  # of the choices made in each chunk, the one of the chunk where the row ends
         return torch.stack(outputs, dim=1)[rows, last // size].tolist()
@@ -880,9 +965,10 @@ def greedy_steps(
     ends = (last + 1).int()  # B: the first free slot of each row
     step = 0
     while step < max(room):
-        if not neuron.context_encoding_buckets:  # else the graphs are compiled, and attend to the whole cache
-            model.model.set_cache_bucket(longest + step)
-        new = next_tokens(model, ids, positions, last, logits)
+        # graphs of fixed shape (buckets tell) attend to the whole cache
+        fixed = neuron.context_encoding_buckets
+        slots = {} if fixed else {"slots": cache_slots(longest + step, neuron.sequence_length)}
+        new = next_tokens(model, ids, positions, last, logits, **slots)
         yield [token if step < left else None for token, left in zip(new, room, strict=False)]
         room = [min(left, step + 1) if token in eos_token_ids else left for token, left in zip(new, room, strict=False)]
         ids, last = torch.tensor(new, dtype=torch.int32)[:, None], torch.zeros_like(last)  # B 1
@@ -899,6 +985,36 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------------------- backends
+
+
+def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
+    """--compile on a CPU: from here on T = 1 is Inductor's, without `last` if `output_logits`; prefill stays eager.
+
+    One graph serves every length of text, and the code of one decoder layer serves all of them.
+    """
+    start = time.perf_counter()
+    options = {
+        # 76 -> 90 tokens/s together: a normed row is kept and not computed again for every row of weights, products and
+        # sums are fused, and parameters that never change are not looked at for every token
+        "realize_reads_threshold": 1,
+        "cpp.enable_floating_point_contract_flag": "fast",
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    }
+    region = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
+    for layer in model.model.layers:
+        layer.forward = partial(region, layer)
+    eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True, options=options)
+
+    def forward(input_ids: Tensor, position_ids: Tensor, *last: Tensor, slots: Tensor) -> Tensor:
+        if input_ids.shape[1] > 1:
+            return eager(input_ids, position_ids, *last, slots=slots)
+        torch._dynamo.mark_dynamic(slots, 0)
+        return compiled(input_ids, position_ids, *last, slots=slots)
+
+    model.forward = forward
+    zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
+    next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=cache_slots(99, 100))
+    model.compile_s = time.perf_counter() - start
 
 
 def choose_backend(args: argparse.Namespace) -> None:
@@ -1085,6 +1201,7 @@ def parse_args() -> argparse.Namespace:
     add("--sequence-length", type=positive, metavar="S", help="prompt and new tokens (default: as converted, or 2048)")
     add("--dtype", choices=DTYPES, help="default: as converted, else the checkpoint's")
     add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
+    add("--compile", action="store_true", help="on a CPU: decode with torch.compile, several times as fast")
     add("--backend", choices=("auto", "torch", "nxd"), default="auto", help="default: by what is installed, else torch")
     add("--device", choices=("cpu", "neuron"), help="default: neuron where its packages are installed, else cpu")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
@@ -1167,6 +1284,11 @@ def prepare(args: argparse.Namespace) -> None:
         from convert_weights import open_checkpoint
 
         open_checkpoint(args.ckpt, config)
+    if args.compile:
+        require(args.device == "cpu", "--compile is for the CPU, a Neuron device has all compiled: leave it out")
+        compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+        way_out = "install both (on Debian and Ubuntu: g++ and python3-dev), or leave it out"
+        require(which(compiler) and headers.exists(), f"--compile needs {compiler} and {headers}: {way_out}")
     output = Path(args.output_logits or "logits.safetensors").resolve()
     require(
         output.parent.is_dir(),
@@ -1185,6 +1307,8 @@ def run(args: argparse.Namespace) -> None:
         flags = {"dtype": DTYPES.get(args.dtype), "sequence_length": args.sequence_length, "device": args.device}
         flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
         model = load_model(args.ckpt, tp_rank=rank, **flags)
+        if args.compile:
+            compile_decode(model, bool(args.output_logits))
     if args.why and rank == 0 and not args.json:
         print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
     eos = () if args.ignore_eos else model.config.eos_token_id
@@ -1202,9 +1326,11 @@ def run(args: argparse.Namespace) -> None:
             if token is not None:
                 ids.append(token)
         show(completions[0][-1])
+    bandwidth = read_bandwidth(model) if args.device == "cpu" else None  # on all ranks at the same time
     if rank != 0:
         return
     text, timings = args.text, measure(model, args.prompts, completions, clock)
+    timings["read_gb_per_s"] = bandwidth and bandwidth * args.tp / 1e9
     if logits is not None:
         save_logits(args.output_logits, args.prompts, completions, logits)
     if args.json:
@@ -1225,11 +1351,13 @@ def run(args: argparse.Namespace) -> None:
     print(
         "" if streams else "\n\n".join(text.decode(p + ids) for p, ids in zip(args.prompts, completions, strict=True))
     )
+    share = f" ({timings['weight_gb_per_s'] / timings['read_gb_per_s']:.0%} of what it can read)" if bandwidth else ""
     print(
-        f"load {timings['load_s']:.2f} s,"
+        f"load {timings['load_s']:.2f} s, compile {timings['compile_s']:.2f} s,"
         f" prefill {timings['prefill_tokens']} tokens in {timings['prefill_s'] * 1e3:.0f} ms,"
         f" decode {timings['decode_tokens']} at {timings['decode_tokens_per_s']:.1f} tokens/s,"
-        f" {timings['weight_gb_per_s']:.1f} GB/s of weights, peak memory {timings['peak_rss_bytes'] / 1e9:.2f} GB",
+        f" {timings['weight_gb_per_s']:.1f} GB/s of weights{share},"
+        f" peak memory {timings['peak_rss_bytes'] / 1e9:.2f} GB",
         file=sys.stderr,
     )
 
@@ -1260,6 +1388,17 @@ def measure(
     }
 
 
+def read_bandwidth(model: nn.Module) -> float:
+    """Bytes a second at which this rank reads its weights when it only adds them up: what bounds decoding on a CPU."""
+    weights, seconds = list(model.parameters()), []
+    for _ in range(3):
+        start = time.perf_counter()
+        for weight in weights:
+            weight.sum()
+        seconds.append(time.perf_counter() - start)
+    return sum(weight.nbytes for weight in weights) / min(seconds)
+
+
 def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]], logits: list[Tensor]) -> None:
     """--output-logits: float32 `logits` [B,P+M-1,V], row p computed at position p, and `ids` [B,P+M]; zeros after."""
     from safetensors.torch import save_file
@@ -1281,9 +1420,11 @@ def init_process_group(device: str, local_rank: int, **kwargs: str | int) -> Non
         dist.init_process_group("gloo" if device == "cpu" else f"cpu:gloo,{device}:{device}", **kwargs)
 
 
-def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int) -> None:
+def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int, *shared: object) -> None:
     """One of the processes that `--tp` starts."""
     torch.set_num_threads(max(1, threads // args.tp))
+    if args.device == "cpu":
+        SharedMemory(rank, *shared)
     init_process_group(args.device, rank, init_method=f"file://{store}", rank=rank, world_size=args.tp)
     exit_on_usage_error(partial(run, args))
     dist.destroy_process_group()
@@ -1316,12 +1457,10 @@ def main() -> None:
     prepare(args)
     if args.tp == 1 or args.backend == "nxd":
         return run(args)
-    import torch.multiprocessing as mp
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             # fork: torch is imported once; nothing has been computed yet, so that no thread gets lost
-            job = (args, f"{folder}/store", torch.get_num_threads())
+            job = (args, f"{folder}/store", torch.get_num_threads(), *SharedMemory.allocate(args.tp))
             mp.start_processes(run_rank, job, nprocs=args.tp, start_method="fork")
         except mp.ProcessExitedException as error:
             sys.exit(error.exit_code)

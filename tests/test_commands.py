@@ -201,8 +201,8 @@ def new_ids(ran: Ran) -> list[list[int]]:
 def timings_line(prefill: int, decode: int) -> re.Pattern[str]:
     return re.compile(
         r"backend torch on cpu: neither neuronx_distributed nor TorchNeuron is installed\n"
-        rf"load \d+\.\d\d s, prefill {prefill} tokens in \d+ ms, decode {decode} at \d+\.\d tokens/s,"
-        r" \d+\.\d GB/s of weights, peak memory \d+\.\d\d GB\n"
+        rf"load \d+\.\d\d s, compile 0\.00 s, prefill {prefill} tokens in \d+ ms, decode {decode} at \d+\.\d tokens/s,"
+        r" \d+\.\d GB/s of weights \(\d+% of what it can read\), peak memory \d+\.\d\d GB\n"
     )
 
 
@@ -237,7 +237,7 @@ def test_json_is_one_object_on_stdout_with_every_key_of_the_design_and_nothing_e
     ]
     assert set(answer["timings"]) == {
         *("load_s", "compile_s", "prefill_s", "prefill_tokens", "decode_s", "decode_tokens", "decode_tokens_per_s"),
-        *("weight_bytes_per_token", "weight_gb_per_s", "peak_rss_bytes"),
+        *("weight_bytes_per_token", "weight_gb_per_s", "read_gb_per_s", "peak_rss_bytes"),
     }
     assert answer["config"] == {
         "backend": "torch",
@@ -430,6 +430,7 @@ def test_timings_count_the_tokens_and_the_weights(run, hf_ids, hf_model, tied):
     assert timings["weight_gb_per_s"] == pytest.approx(5 * 4 * weights / timings["decode_s"] / 1e9)
     assert timings["compile_s"] == 0
     assert 0 < timings["load_s"] < 60 and 0 < timings["prefill_s"] < 60
+    assert 0 < timings["read_gb_per_s"] < 1e4
     assert 50e6 < timings["peak_rss_bytes"] < 50e9
 
 

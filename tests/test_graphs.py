@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import llama_neuron
 from convert_weights import convert, expected_shapes
 from llama_neuron import (
+    KVCache,
     LlamaConfig,
     LlamaForCausalLM,
     NeuronConfig,
@@ -102,9 +103,16 @@ def inputs(tokens: list[int], start: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def export(model: LlamaForCausalLM, tokens: int, choose: bool) -> torch.export.ExportedProgram:
-    """With the cache as on a CPU: strict export makes a write in place functional, and drops a re-assigned buffer."""
+    """As on a Neuron device, but with the caches written in place: strict export drops a re-assigned buffer."""
     last = (torch.zeros(1, dtype=torch.int32),) * choose
-    with torch.no_grad():
+
+    def update(cache: KVCache, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        index = position_ids[:, None, :, None].expand_as(k).long()
+        return cache.k.scatter_(2, index, k)[:, :, :length], cache.v.scatter_(2, index, v)[:, :, :length]
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_neuron, "HOST", ())
+        patch.setattr(KVCache, "update", update)
         return torch.export.export(model, (*inputs([0] * tokens), *last), strict=True).run_decompositions()
 
 
@@ -226,7 +234,7 @@ def compiled_rank(rank: int, folder: Path, checkpoint: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    llama_neuron.IN_PLACE = ()  # the cache re-assigned, as on a Neuron device
+    llama_neuron.HOST = ()  # as on a Neuron device
     graphs: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, example_inputs: list) -> Callable:
@@ -264,9 +272,9 @@ class Counted:
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["inner"], name)
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def __call__(self, *arguments: Tensor, **slots: Tensor) -> Tensor:
         self.shapes.append(arguments[0].shape[1])
-        return self.inner(*arguments)
+        return self.inner(*arguments, **slots)
 
 
 @pytest.mark.parametrize("with_logits", [False, True], ids=["ids", "logits"])
