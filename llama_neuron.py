@@ -990,7 +990,7 @@ def generate(
 def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
     """--compile on a CPU: from here on T = 1 is Inductor's, without `last` if `output_logits`; prefill stays eager.
 
-    One graph serves every length of text, and the code of one decoder layer serves all of them.
+    One graph serves every length of text (a second one texts that need the whole cache), one layer's code all layers.
     """
     start = time.perf_counter()
     options = {
@@ -1007,12 +1007,21 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
     def forward(input_ids: Tensor, position_ids: Tensor, *last: Tensor, slots: Tensor) -> Tensor:
         if input_ids.shape[1] > 1:
             return eager(input_ids, position_ids, *last, slots=slots)
+        if len(slots) == model.neuron_config.sequence_length:
+            return compiled(input_ids, position_ids, *last)
         torch._dynamo.mark_dynamic(slots, 0)
         return compiled(input_ids, position_ids, *last, slots=slots)
 
     model.forward = forward
     zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
-    next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=cache_slots(99, 100))
+    next_tokens(
+        model,
+        zeros,
+        zeros,
+        zeros[:, 0],
+        [] if output_logits else None,
+        slots=cache_slots(99, model.neuron_config.sequence_length),
+    )
     model.compile_s = time.perf_counter() - start
 
 

@@ -104,10 +104,6 @@ def test_a_prompt_of_one_token_is_read_by_the_compiled_step(compiled: Callable, 
     assert generate(compiled(LLAMA3), [[7]], NEW_TOKENS, ()) == [expected]
 
 
-WHOLE_CACHE = pytest.mark.xfail(strict=True, reason="slots of dynamic size must not be the whole cache")
-
-
-@WHOLE_CACHE
 def test_a_text_may_outgrow_the_last_bucket_below_the_cache(compiled: Callable, hf_checkpoint: Callable) -> None:
     prompt = random_prompt(250)
     assert [len(cache_slots(tokens, LENGTH)) for tokens in (250, 269)] == [256, LENGTH]
@@ -115,7 +111,6 @@ def test_a_text_may_outgrow_the_last_bucket_below_the_cache(compiled: Callable, 
     assert generate(compiled(LLAMA3), [prompt], 20, ()) == [expected]
 
 
-@WHOLE_CACHE
 def test_a_cache_smaller_than_any_bucket_may_be_filled(hf_checkpoint: Callable) -> None:
     path, prompt = hf_checkpoint(LLAMA3), random_prompt(40)
     _, expected = hf_greedy(hf_model(path, torch.float32), prompt, 24)
