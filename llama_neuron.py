@@ -1014,14 +1014,8 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
 
     model.forward = forward
     zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
-    next_tokens(
-        model,
-        zeros,
-        zeros,
-        zeros[:, 0],
-        [] if output_logits else None,
-        slots=cache_slots(99, model.neuron_config.sequence_length),
-    )
+    slots = cache_slots(99, model.neuron_config.sequence_length)
+    next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=slots)
     model.compile_s = time.perf_counter() - start
 
 
@@ -1337,8 +1331,7 @@ def run(args: argparse.Namespace) -> None:
     bandwidth = read_bandwidth(model) if args.device == "cpu" else None  # on all ranks at the same time
     if rank != 0:
         return
-    text, timings = args.text, measure(model, args.prompts, completions, clock)
-    timings["read_gb_per_s"] = bandwidth and bandwidth * args.tp / 1e9
+    text, timings = args.text, measure(model, args.prompts, completions, clock, bandwidth)
     if logits is not None:
         save_logits(args.output_logits, args.prompts, completions, logits)
     if args.json:
@@ -1371,9 +1364,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(
-    model: LlamaForCausalLM, prompts: list[list[int]], completions: list[list[int]], clock: list[float]
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    clock: list[float],
+    bandwidth: float | None,
 ) -> dict:
-    """The `timings` of --json, in seconds and bytes; `clock` holds start, loaded, and the end of each step.
+    """The `timings` of --json, in seconds and bytes; `clock` holds start, loaded, and the end of each step, `bandwidth`
+    what one rank can read.
 
     A step reads every weight once, except an embedding table of which it only looks up rows.
     """
@@ -1392,6 +1390,7 @@ def measure(
         "decode_tokens_per_s": tokens / decode_s if tokens else 0.0,
         "weight_bytes_per_token": weight_bytes,
         "weight_gb_per_s": weight_bytes * (len(clock) - 3) / decode_s / 1e9 if tokens else 0.0,
+        "read_gb_per_s": bandwidth and bandwidth * neuron.tp_degree / 1e9,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0; Linux counts in KiB
     }
 
@@ -1428,14 +1427,24 @@ def init_process_group(device: str, local_rank: int, **kwargs: str | int) -> Non
         dist.init_process_group("gloo" if device == "cpu" else f"cpu:gloo,{device}:{device}", **kwargs)
 
 
-def run_rank(rank: int, args: argparse.Namespace, store: str, threads: int, *shared: object) -> None:
-    """One of the processes that `--tp` starts."""
-    torch.set_num_threads(max(1, threads // args.tp))
-    if args.device == "cpu":
+def run_rank(
+    rank: int, work: Callable[[], None], ranks: int, device: str, store: str, threads: int, *shared: object
+) -> None:
+    """One of the processes of `start_ranks`."""
+    torch.set_num_threads(max(1, threads // ranks))
+    if device == "cpu":
         SharedMemory(rank, *shared)
-    init_process_group(args.device, rank, init_method=f"file://{store}", rank=rank, world_size=args.tp)
-    exit_on_usage_error(partial(run, args))
+    init_process_group(device, rank, init_method=f"file://{store}", rank=rank, world_size=ranks)
+    work()
     dist.destroy_process_group()
+
+
+def start_ranks(work: Callable[[], None], ranks: int, device: str) -> None:
+    """Does `work` in as many processes of one group, which share this process's threads, and waits for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        # fork: torch is imported once; nothing has been computed yet, so that no thread gets lost
+        job = (work, ranks, device, f"{folder}/store", torch.get_num_threads(), *SharedMemory.allocate(ranks))
+        mp.start_processes(run_rank, job, nprocs=ranks, start_method="fork")
 
 
 def run_torchrun(args: argparse.Namespace) -> None:
@@ -1465,13 +1474,10 @@ def main() -> None:
     prepare(args)
     if args.tp == 1 or args.backend == "nxd":
         return run(args)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            # fork: torch is imported once; nothing has been computed yet, so that no thread gets lost
-            job = (args, f"{folder}/store", torch.get_num_threads(), *SharedMemory.allocate(args.tp))
-            mp.start_processes(run_rank, job, nprocs=args.tp, start_method="fork")
-        except mp.ProcessExitedException as error:
-            sys.exit(error.exit_code)
+    try:
+        start_ranks(partial(exit_on_usage_error, partial(run, args)), args.tp, args.device)
+    except mp.ProcessExitedException as error:
+        sys.exit(error.exit_code)
 
 
 def exit_on_usage_error(command: Callable[[], None]) -> None:

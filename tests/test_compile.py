@@ -43,15 +43,6 @@ ODD, LLAMA3 = "odd sizes", "llama-3.2"
 LENGTH = 512
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and on a busy machine one would wait for the other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def compiled_model(
     path: Path, dtype: torch.dtype, output_logits: bool, batch_size: int = 1, sequence_length: int = LENGTH
 ) -> LlamaForCausalLM:

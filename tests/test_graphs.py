@@ -65,15 +65,6 @@ SHARDED_OPS = OPS | {
 INT64_OPS = {"aten._to_copy", "aten.max.dim", "aten.argmax"}  # indices, made and used as such
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random HF checkpoint, and its conversions `tp2` and `tp2v` (embedding sharded by vocabulary)."""

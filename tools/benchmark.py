@@ -27,14 +27,13 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from convert_weights import open_checkpoint
 from llama_neuron import (
     DTYPES,
     LlamaConfig,
     NeuronConfig,
-    SharedMemory,
     compile_decode,
     count_numbers,
     exit_on_usage_error,
@@ -42,6 +41,7 @@ from llama_neuron import (
     load_model,
     positive,
     require,
+    start_ranks,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,10 @@ class Case:
     new: int = 64
     cache: int = 512
 
+    @property
+    def name(self) -> str:
+        return self.system + (f", tp {self.tp}" if self.tp > 1 else "")
+
     def prompts(self, vocab_size: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (self.batch, self.prompt), generator=generator).tolist()
@@ -69,15 +73,21 @@ class Case:
 # ------------------------------------------------------------------------------------- in the process of a case: timing
 
 
-def timed(steps: Callable[[], Iterable]) -> dict[str, float]:
-    """Seconds of prefill (until the first token) and of a decoding step (mean of the rest), after a warm-up."""
-    for _ in range(2):
-        clock = [time.perf_counter()]
-        clock.extend(time.perf_counter() for _ in steps())
+def seconds(clock: list[float]) -> dict[str, float]:
+    """Of prefill and of a decoding step (the mean), from the times of the start and of each token."""
     return {"prefill_s": clock[1] - clock[0], "step_s": (clock[-1] - clock[1]) / (len(clock) - 2)}
 
 
-def time_llama_neuron(case: Case, folder: Path, rank: int = 0) -> dict[str, float]:
+def timed(steps: Callable[[], Iterable]) -> dict[str, float]:
+    """The seconds of steps that make a token each, after a warm-up."""
+    for _ in range(2):
+        clock = [time.perf_counter()]
+        clock.extend(time.perf_counter() for _ in steps())
+    return seconds(clock)
+
+
+def time_llama_neuron(case: Case, folder: Path) -> dict[str, float]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
     flags = {"tp_degree": case.tp, "tp_rank": rank, "batch_size": case.batch, "sequence_length": case.cache}
     attn = "sdpa" if "sdpa" in case.system else "eager"
     model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, **flags)
@@ -86,23 +96,18 @@ def time_llama_neuron(case: Case, folder: Path, rank: int = 0) -> dict[str, floa
     return timed(partial(greedy_steps, model, case.prompts(model.config.vocab_size), case.new + 1, ()))
 
 
-def time_rank(rank: int, case: Case, folder: Path, scratch: Path, threads: int, *shared: object) -> None:
-    """One of the ranks of a case with tp > 1; rank 0 leaves its seconds in `scratch`."""
-    torch.set_num_threads(max(1, threads // case.tp))
-    SharedMemory(rank, *shared)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=case.tp)
-    seconds = time_llama_neuron(case, folder, rank)
-    if rank == 0:
-        (scratch / "seconds").write_text(json.dumps(seconds))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def time_ranks(case: Case, folder: Path) -> dict[str, float]:
+    """The same with tp > 1; rank 0 leaves its seconds in a file."""
     with tempfile.TemporaryDirectory() as scratch:
-        job = (case, folder, Path(scratch), torch.get_num_threads(), *SharedMemory.allocate(case.tp))
-        mp.start_processes(time_rank, job, nprocs=case.tp, start_method="fork")
-        return json.loads(Path(scratch, "seconds").read_text())
+        file = Path(scratch, "seconds")
+
+        def work() -> None:
+            found = time_llama_neuron(case, folder)
+            if dist.get_rank() == 0:
+                file.write_text(json.dumps(found))
+
+        start_ranks(work, case.tp, "cpu")
+        return json.loads(file.read_text())
 
 
 def time_hf(case: Case, hf: Path) -> dict[str, float]:
@@ -131,8 +136,7 @@ def time_hf(case: Case, hf: Path) -> dict[str, float]:
     for _ in range(2):
         clock, start = Clock(), time.perf_counter()
         model.generate(ids, do_sample=False, pad_token_id=0, streamer=clock, **lengths)
-    times = clock.times[1:]  # the first is the prompt
-    return {"prefill_s": times[0] - start, "step_s": (times[-1] - times[0]) / (len(times) - 1)}
+    return seconds([start, *clock.times[1:]])  # the first time is the prompt's
 
 
 def time_llama_cpp(case: Case, folder: Path) -> dict[str, float]:
@@ -209,8 +213,6 @@ def time_gpt_fast(case: Case, hf: Path, checkout: Path) -> dict[str, float]:
 def interleaved(hf: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """HF's tensors, with the rows of q and k in the order of llama.cpp's and gpt-fast's rotary embedding, which rotates
     neighbours where HF rotates halves."""
-    from convert_weights import open_checkpoint
-
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     checkpoint = open_checkpoint(hf, config)
     for name in checkpoint.slices:
@@ -296,8 +298,7 @@ def run_in_turn(todo: list[Case], rounds: int, command: list[str]) -> list[tuple
 
 
 def describe(case: Case) -> str:
-    tp = f", tp {case.tp}" if case.tp > 1 else ""
-    return f"{case.system}{tp}, {case.dtype}, batch {case.batch}, prompt {case.prompt}, cache {case.cache}"
+    return f"{case.name}, {case.dtype}, batch {case.batch}, prompt {case.prompt}, cache {case.cache}"
 
 
 # --------------------------------------------------------------------------------------- whole processes, files, memory
@@ -306,10 +307,8 @@ def describe(case: Case) -> str:
 def seconds_of(command: list[str | Path], **environment: str) -> tuple[float, str]:
     """Wall time and standard output of a command."""
     start = time.perf_counter()
-    ran = subprocess.run(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, cwd=ROOT,
-        env=os.environ | environment, text=True,
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    ran = subprocess.run(list(map(str, command)), check=True, cwd=ROOT, env=os.environ | environment, **pipes)
     return time.perf_counter() - start, ran.stdout
 
 
@@ -340,27 +339,27 @@ def run_processes(hf: Path, folder: Path, rounds: int) -> dict[str, list[float]]
 
     for number in range(rounds):
         print(f"round {number + 1}: whole processes", file=sys.stderr)
-        seconds, answer = seconds_of([*ours, "--max-new-tokens", "1"])
-        note("first token, llama_neuron, s", seconds)
-        seconds, _ = seconds_of([sys.executable, "-c", HF_FIRST_TOKEN, hf, prompt])
-        note("first token, HF, s", seconds)
+        wall, _ = seconds_of([*ours, "--max-new-tokens", "1"])
+        note("first token, llama_neuron, s", wall)
+        wall, _ = seconds_of([sys.executable, "-c", HF_FIRST_TOKEN, hf, prompt])
+        note("first token, HF, s", wall)
         _, answer = seconds_of([*ours, "--max-new-tokens", "64"])
         note("peak memory over weights and cache, eager, MB", peak(answer) / 1e6)
         with tempfile.TemporaryDirectory() as inductor:
             for state in ("cold", "warm"):
                 command = [*ours, "--max-new-tokens", "64", "--compile"]
-                seconds, answer = seconds_of(command, TORCHINDUCTOR_CACHE_DIR=inductor)
+                wall, answer = seconds_of(command, TORCHINDUCTOR_CACHE_DIR=inductor)
                 note(f"--compile {state}, compilation, s", json.loads(answer)["timings"]["compile_s"])
-                note(f"--compile {state}, whole process, s", seconds)
+                note(f"--compile {state}, whole process, s", wall)
             note("peak memory over weights and cache, --compile, MB", peak(answer) / 1e6)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             convert = [sys.executable, "convert_weights.py", "--hf", hf, "--dtype", "bfloat16"]
             for tp in (1, 2):
                 out = Path(scratch, f"tp{tp}")
-                seconds, _ = seconds_of([*convert, "--out", out, "--tp", str(tp)])
-                note(f"conversion, tp {tp}, GB/s", size_of(out) / seconds / 1e9)
-            seconds, _ = seconds_of(["cp", "-r", hf, Path(scratch, "copy")])
-            note("cp -r, GB/s", size_of(Path(scratch, "copy")) / seconds / 1e9)
+                wall, _ = seconds_of([*convert, "--out", out, "--tp", str(tp)])
+                note(f"conversion, tp {tp}, GB/s", size_of(out) / wall / 1e9)
+            wall, _ = seconds_of(["cp", "-r", hf, Path(scratch, "copy")])
+            note("cp -r, GB/s", size_of(Path(scratch, "copy")) / wall / 1e9)
     return found
 
 
@@ -417,10 +416,7 @@ def draw(results: dict[str, list[tuple[Case, list[dict[str, float]]]]], title: s
 
     figure, (bars, decode, prefill) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     figure.suptitle(title)
-    rates = [
-        (case.system + (f", tp {case.tp}" if case.tp > 1 else ""), median(1 / sample["step_s"] for sample in samples))
-        for case, samples in results["bf16"]
-    ]
+    rates = [(case.name, median(1 / sample["step_s"] for sample in samples)) for case, samples in results["bf16"]]
     rates.sort(key=lambda pair: pair[1])
     colors = ["tab:blue" if name.startswith("llama_neuron") else "tab:gray" for name, _ in rates]
     drawn = bars.barh([name for name, _ in rates], [rate for _, rate in rates], color=colors)
