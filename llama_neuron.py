@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -371,8 +372,18 @@ def compiled_on_host(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type in HOST
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A bfloat16 weight in the layout that oneDNN's kernels read, where this CPU has kernels for it."""
+    mkldnn = torch.ops.mkldnn  # the name that torch knows oneDNN by
+    packs = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+    return mkldnn._reorder_linear_weight(weight, 1) if packs and weight.dtype == torch.bfloat16 else weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, and in a compiled step of one row the same as multiply and sum, in float32."""
+    if weight.is_mkldnn:
+        # the bits of F.linear, which packs the weight itself at each call: 53 -> 38 ms for a token of SmolLM2
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if not (compiled_on_host(x) and x.numel() == x.shape[-1]):
         return F.linear(x, weight, bias)
     # one pass over the weights at 27-31 GB/s where F.linear reads 12-17, with norm and activation in the same loops
@@ -646,9 +657,9 @@ def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scalin
 
 def compiled_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """What a compiled step takes for one new token (G*T is G): both products as multiply and sum, in float32."""
-    scores = (q[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * scaling  # B K G S
+    scores = (q[:, :, :, None].float() * k[:, :, None]).sum(-1) * scaling  # B K G S
     weights = F.softmax(torch.where(mask, scores, -1e9), dim=-1)
-    return (weights[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype)  # B K G D
+    return (weights[..., None] * v[:, :, None]).sum(-2).to(q.dtype)  # B K G D
 
 
 ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
@@ -822,36 +833,35 @@ def shard_path(ckpt: str | Path, rank: int) -> Path:
     return Path(ckpt) / f"tp{rank}_sharded_checkpoint.safetensors"
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped. Raises UsageError where it is absent or damaged."""
-    from safetensors import SafetensorError, safe_open
-
+def open_shard(path: Path) -> safe_open:
+    """A safetensors file, memory-mapped. Raises UsageError where it is absent or damaged."""
     rule = "convert again with convert_weights.py"
     require(path.exists(), f"{path} not found: {rule}")
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read, {rule}: {error}") from None
 
 
-def read_state(ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int) -> dict[str, Tensor]:
-    """A rank's tensors in `neuron.torch_dtype`, by the names of `LlamaForCausalLM`; memory-mapped where that is theirs.
+def read_state(ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields a rank's tensors in `neuron.torch_dtype`, by the names of `LlamaForCausalLM`; memory-mapped where that is
+    the file's.
 
     Raises UsageError for what is wrong with the files.
     """
     if is_converted(ckpt):
-        state = read_shard(shard_path(ckpt, rank))
+        path = shard_path(ckpt, rank)
+        stored = {name: name for name in open_shard(path).keys()}
+        if shares_embedding(config, neuron):
+            stored["lm_head.weight"] = "model.embed_tokens.weight"
+        # opened for each tensor: what has been read of a file stays in memory until the last tensor of it is gone
+        tensors = ((name, open_shard(path).get_tensor(key)) for name, key in stored.items())
     else:
         from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
 
-        state = dict(shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, rank))
-    state = {
-        name: tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-    }
-    if shares_embedding(config, neuron):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
+        tensors = shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, rank)
+    for name, tensor in tensors:
+        yield name, tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor
 
 
 def load_model(
@@ -864,12 +874,14 @@ def load_model(
     sequence_length: int | None = None,
     device: str = "cpu",
     attn: str = "eager",
+    packed: bool = True,
 ) -> LlamaForCausalLM:
     """One rank's model, from what `convert_weights.py` wrote or from an HF directory, of which it reads its slices.
 
     With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
     of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. On another device than the CPU the
-    model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. Raises
+    model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. On the CPU the
+    weights of linear layers are packed (`pack`), unless `compile_decode` is to follow, which needs them plain. Raises
     UsageError for what is wrong with the files, ValueError where the process group does not fit.
     """
     config = LlamaConfig.from_pretrained(ckpt)
@@ -878,8 +890,13 @@ def load_model(
     if get_tensor_model_parallel_size() != tp_degree:
         raise ValueError(f"tp_degree {tp_degree}, but the process group has {get_tensor_model_parallel_size()} ranks")
     model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
+    kinds = (ColumnParallelLinear, RowParallelLinear) if packed and device == "cpu" else ()
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+    state = dict(model.named_buffers())
+    for name, tensor in read_state(ckpt, config, neuron, tp_rank):
+        state[name] = pack(tensor) if name in linears else tensor
     try:
-        model.load_state_dict(dict(model.named_buffers()) | read_state(ckpt, config, neuron, tp_rank), assign=True)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{shard_path(ckpt, tp_rank)} does not fit config.json, convert again: {reason}") from None
@@ -988,34 +1005,43 @@ def generate(
 
 
 def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
-    """--compile on a CPU: from here on T = 1 is Inductor's, without `last` if `output_logits`; prefill stays eager.
+    """--compile on a CPU: from here on T = 1 is Inductor's; prefill stays eager. Compiles the graph that gives ids, or
+    logits if `output_logits`; the other one would be compiled when it is called.
 
-    One graph serves every length of text (a second one texts that need the whole cache), one layer's code all layers.
+    One graph serves every length of text, one layer's code all layers.
     """
     start = time.perf_counter()
     options = {
-        # 76 -> 88 tokens/s together: a normed row is kept and not computed again for every row of weights, and products
-        # and sums are fused
+        # 15.0 -> 11.5 ms for a token of SmolLM2: a normed row is kept and not computed again for every row of weights,
+        # products and sums are fused, and inputs that cannot change their shapes are not checked
         "realize_reads_threshold": 1,
+        "realize_opcount_threshold": 8,
         "cpp.enable_floating_point_contract_flag": "fast",
+        "size_asserts": False,
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     region = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
     for layer in model.model.layers:
         layer.forward = partial(region, layer)
-    eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True, options=options)
+        cache = (
+            layer.self_attn.kv_cache
+        )  # with a slot that no text reaches: the whole of it would be a graph of its own
+        cache.k, cache.v = (F.pad(buffer, (0, 0, 0, 1)) for buffer in (cache.k, cache.v))
+    eager = model.forward
+    # without and with `last`: unguarded, a function cannot be both
+    compiled = [torch.compile(eager, fullgraph=True, options=options, isolate_recompiles=True) for _ in range(2)]
+    smallest = cache_slots(16, model.neuron_config.sequence_length)
 
     def forward(input_ids: Tensor, position_ids: Tensor, *last: Tensor, slots: Tensor) -> Tensor:
         if input_ids.shape[1] > 1:
             return eager(input_ids, position_ids, *last, slots=slots)
-        if len(slots) == model.neuron_config.sequence_length:
-            return compiled(input_ids, position_ids, *last)
+        slots = max(slots, smallest, key=len)
         torch._dynamo.mark_dynamic(slots, 0)
-        return compiled(input_ids, position_ids, *last, slots=slots)
+        return compiled[len(last)](input_ids, position_ids, *last, slots=slots)
 
     model.forward = forward
     zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
-    slots = cache_slots(99, model.neuron_config.sequence_length)
-    next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=slots)
+    next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=smallest)
     model.compile_s = time.perf_counter() - start
 
 
@@ -1093,7 +1119,7 @@ def compile_nxd(ckpt: str, config: LlamaConfig, neuron: NeuronConfig, attn: str,
     compiled.config, compiled.neuron_config, compiled.compile_s = config, neuron, time.perf_counter() - start
     # to a graph, inv_freq and a tied lm_head are weights of their own
     inv_freq = {"model.rotary_emb.inv_freq": RotaryEmbedding.from_config(config).inv_freq}
-    compiled.set_weights([read_state(ckpt, config, neuron, rank) | inv_freq for rank in range(tp)])
+    compiled.set_weights([dict(read_state(ckpt, config, neuron, rank)) | inv_freq for rank in range(tp)])
     compiled.to_neuron()
     return compiled
 
@@ -1281,7 +1307,7 @@ def prepare(args: argparse.Namespace) -> None:
     args.tp, args.batch_size = neuron.tp_degree, neuron.batch_size
     if is_converted(args.ckpt):
         for rank in range(args.tp):
-            read_shard(shard_path(args.ckpt, rank))
+            open_shard(shard_path(args.ckpt, rank))
     else:
         from convert_weights import open_checkpoint
 
@@ -1308,12 +1334,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         flags = {"dtype": DTYPES.get(args.dtype), "sequence_length": args.sequence_length, "device": args.device}
         flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
-        model = load_model(args.ckpt, tp_rank=rank, **flags)
+        model = load_model(args.ckpt, tp_rank=rank, packed=not args.compile, **flags)
         if args.compile:
             compile_decode(model, bool(args.output_logits))
     if args.why and rank == 0 and not args.json:
         print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
-    eos = () if args.ignore_eos else model.config.eos_token_id
+    eos = () if args.ignore_eos else args.config.eos_token_id
     # one text is shown as it is made; several would mix, and are shown at the end
     streams = rank == 0 and not args.json and len(args.prompts) == 1
     show = args.text.stream() if streams else lambda token: None
@@ -1328,10 +1354,12 @@ def run(args: argparse.Namespace) -> None:
             if token is not None:
                 ids.append(token)
         show(completions[0][-1])
-    bandwidth = read_bandwidth(model) if args.device == "cpu" else None  # on all ranks at the same time
+    timings = measure(model, args.prompts, completions, clock)
+    del model  # and with it its memory
+    timings["read_gb_per_s"] = read_bandwidth(args.tp) if args.device == "cpu" else None  # on all ranks at one time
     if rank != 0:
         return
-    text, timings = args.text, measure(model, args.prompts, completions, clock, bandwidth)
+    text = args.text
     if logits is not None:
         save_logits(args.output_logits, args.prompts, completions, logits)
     if args.json:
@@ -1345,33 +1373,29 @@ def run(args: argparse.Namespace) -> None:
             }
             for prompt, ids in zip(args.prompts, completions, strict=True)
         ]
-        config = {"backend": args.backend, "device": args.device, "attn": args.attn} | asdict(model.config)
-        config |= asdict(model.neuron_config)
+        config = {"backend": args.backend, "device": args.device, "attn": args.attn} | asdict(args.config)
+        config |= asdict(args.neuron)
         print(to_json({"completions": rows, "timings": timings, "config": config}))
         return
     print(
         "" if streams else "\n\n".join(text.decode(p + ids) for p, ids in zip(args.prompts, completions, strict=True))
     )
-    share = f" ({timings['weight_gb_per_s'] / timings['read_gb_per_s']:.0%} of what it can read)" if bandwidth else ""
+    read, readable = timings["weight_gb_per_s"], timings["read_gb_per_s"]
+    share = f" ({read / readable:.0%} of what it can read)" if readable else ""
     print(
         f"load {timings['load_s']:.2f} s, compile {timings['compile_s']:.2f} s,"
         f" prefill {timings['prefill_tokens']} tokens in {timings['prefill_s'] * 1e3:.0f} ms,"
         f" decode {timings['decode_tokens']} at {timings['decode_tokens_per_s']:.1f} tokens/s,"
-        f" {timings['weight_gb_per_s']:.1f} GB/s of weights{share},"
+        f" {read:.1f} GB/s of weights{share},"
         f" peak memory {timings['peak_rss_bytes'] / 1e9:.2f} GB",
         file=sys.stderr,
     )
 
 
 def measure(
-    model: LlamaForCausalLM,
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    clock: list[float],
-    bandwidth: float | None,
+    model: LlamaForCausalLM, prompts: list[list[int]], completions: list[list[int]], clock: list[float]
 ) -> dict:
-    """The `timings` of --json, in seconds and bytes; `clock` holds start, loaded, and the end of each step, `bandwidth`
-    what one rank can read.
+    """The `timings` of --json, in seconds and bytes; `clock` holds start, loaded, and the end of each step.
 
     A step reads every weight once, except an embedding table of which it only looks up rows.
     """
@@ -1390,20 +1414,18 @@ def measure(
         "decode_tokens_per_s": tokens / decode_s if tokens else 0.0,
         "weight_bytes_per_token": weight_bytes,
         "weight_gb_per_s": weight_bytes * (len(clock) - 3) / decode_s / 1e9 if tokens else 0.0,
-        "read_gb_per_s": bandwidth and bandwidth * neuron.tp_degree / 1e9,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of rank 0; Linux counts in KiB
     }
 
 
-def read_bandwidth(model: nn.Module) -> float:
-    """Bytes a second at which this rank reads its weights when it only adds them up: what bounds decoding on a CPU."""
-    weights, seconds = list(model.parameters()), []
+def read_bandwidth(ranks: int) -> float:
+    """GB/s at which all ranks together add up numbers in memory: what bounds decoding on a CPU."""
+    numbers, seconds = torch.ones((1 << 26) // ranks), []  # 256 MiB: many times what a cache holds
     for _ in range(3):
         start = time.perf_counter()
-        for weight in weights:
-            weight.sum()
+        numbers.sum()
         seconds.append(time.perf_counter() - start)
-    return sum(weight.nbytes for weight in weights) / min(seconds)
+    return ranks * numbers.nbytes / min(seconds) / 1e9
 
 
 def save_logits(file: str, prompts: list[list[int]], completions: list[list[int]], logits: list[Tensor]) -> None:

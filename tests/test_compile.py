@@ -49,7 +49,7 @@ def compiled_model(
     """As `--compile` makes it, in a process that has compiled nothing else."""
     torch._dynamo.reset()
     counters.clear()
-    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length)
+    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length, packed=False)
     compile_decode(model, output_logits)
     return model
 
@@ -93,13 +93,15 @@ def test_one_graph_serves_a_text_that_outgrows_its_bucket(compiled: Callable, hf
 def test_a_prompt_of_one_token_is_read_by_the_compiled_step(compiled: Callable, hf_checkpoint: Callable) -> None:
     _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), [7], NEW_TOKENS)
     assert generate(compiled(LLAMA3), [[7]], NEW_TOKENS, ()) == [expected]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_text_may_outgrow_the_last_bucket_below_the_cache(compiled: Callable, hf_checkpoint: Callable) -> None:
+def test_a_text_may_fill_the_cache(compiled: Callable, hf_checkpoint: Callable) -> None:
     prompt = random_prompt(250)
-    assert [len(cache_slots(tokens, LENGTH)) for tokens in (250, 269)] == [256, LENGTH]
-    _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), prompt, 20)
-    assert generate(compiled(LLAMA3), [prompt], 20, ()) == [expected]
+    assert [len(cache_slots(tokens, LENGTH)) for tokens in (250, LENGTH)] == [256, LENGTH]
+    _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), prompt, LENGTH - len(prompt))
+    assert generate(compiled(LLAMA3), [prompt], 999, ()) == [expected]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_cache_smaller_than_any_bucket_may_be_filled(hf_checkpoint: Callable) -> None:
@@ -107,6 +109,7 @@ def test_a_cache_smaller_than_any_bucket_may_be_filled(hf_checkpoint: Callable) 
     _, expected = hf_greedy(hf_model(path, torch.float32), prompt, 24)
     model = compiled_model(path, torch.float32, output_logits=False, sequence_length=64)
     assert generate(model, [prompt], 99, ()) == [expected]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_second_model_of_a_process_is_compiled_for_itself(hf_checkpoint: Callable, tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_a_second_model_of_a_process_is_compiled_for_itself(hf_checkpoint: Calla
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "relu"}))
     expected = [hf_greedy(hf_model(path, torch.float32), PROMPTS[0], NEW_TOKENS)[1] for path in paths]
     assert expected[0] != expected[1]
-    models = [compiled_model(paths[0], torch.float32, False), load_model(paths[1], dtype=torch.float32)]
+    models = [compiled_model(paths[0], torch.float32, False), load_model(paths[1], dtype=torch.float32, packed=False)]
     compile_decode(models[1], False)
     assert [generate(model, PROMPTS[:1], NEW_TOKENS, ())[0] for model in models] == expected
 
@@ -137,6 +140,15 @@ def test_logits_are_hfs(family: str, prompts: list[list[int]], hf_checkpoint: Ca
         theirs, expected = hf_greedy(hf, prompt, NEW_TOKENS)
         assert list(ids[row]) == expected
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+
+
+def test_a_model_compiled_for_ids_gives_logits_too(compiled: Callable, hf_checkpoint: Callable) -> None:
+    """By another graph: nothing in one of them would notice that it was called for the other."""
+    theirs, _ = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), PROMPTS[0], NEW_TOKENS)
+    logits: list[Tensor] = []
+    list(greedy_steps(compiled(LLAMA3), PROMPTS[:1], NEW_TOKENS, (), logits))
+    ours = torch.cat(logits, dim=1)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

@@ -178,7 +178,7 @@ def test_one_graph_traced_as_rank_0_serves_both_ranks(weights: str, checkpoint: 
     def serve(ranks: list[int]) -> tuple[list[int], Tensor]:
         """Ids and logits of PROMPT and 12 tokens; `ranks` is what each shard says that its rank is."""
         buffers = dict(model.named_buffers())
-        states = [{**buffers, **read_state(checkpoint / weights, config, neuron, shard)} for shard in (0, 1)]
+        states = [{**buffers, **dict(read_state(checkpoint / weights, config, neuron, shard))} for shard in (0, 1)]
         for state, rank in zip(states, ranks, strict=True):
             state |= {
                 name: torch.tensor([rank], dtype=torch.int32) for name in state if name.endswith("rank_util.rank")

@@ -98,7 +98,7 @@ def nxd_rank(rank: int, tp: int, folder: Path, hf: Path, vocab_parallel: bool) -
     neuron = NeuronConfig.for_checkpoint(out, config)
     reference = load_model(out, tp_degree=tp, tp_rank=rank)
     model = LlamaForCausalLM(config, neuron, backend="nxd").eval()
-    model.load_state_dict(dict(model.named_buffers()) | read_state(out, config, neuron, rank), assign=True)
+    model.load_state_dict(dict(model.named_buffers()) | dict(read_state(out, config, neuron, rank)), assign=True)
     assert type(model.lm_head).__module__.startswith("neuronx_distributed")
     ids = torch.tensor([PROMPT], dtype=torch.int32)
     positions, last = torch.arange(len(PROMPT), dtype=torch.int32)[None], torch.tensor([len(PROMPT) - 1]).int()
@@ -175,7 +175,7 @@ def test_nxd_shards_this_model_as_the_converter_does(tp: int, vocab_parallel: bo
                 parameter.num_attention_heads, parameter.num_key_value_heads = query_heads, kv_heads
         shards = shard_checkpoint(state, model)
     for rank, theirs in enumerate(shards):
-        ours = read_state(out, config, neuron, rank)
+        ours = dict(read_state(out, config, neuron, rank))
         assert ours.keys() == theirs.keys() == dict(model.named_parameters()).keys()
         for name, tensor in theirs.items():
             assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name

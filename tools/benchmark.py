@@ -90,8 +90,9 @@ def time_llama_neuron(case: Case, folder: Path) -> dict[str, float]:
     rank = dist.get_rank() if dist.is_initialized() else 0
     flags = {"tp_degree": case.tp, "tp_rank": rank, "batch_size": case.batch, "sequence_length": case.cache}
     attn = "sdpa" if "sdpa" in case.system else "eager"
-    model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, **flags)
-    if "compile" in case.system:
+    compiled = "compile" in case.system
+    model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, packed=not compiled, **flags)
+    if compiled:
         compile_decode(model, output_logits=False)
     return timed(partial(greedy_steps, model, case.prompts(model.config.vocab_size), case.new + 1, ()))
 
