@@ -629,9 +629,8 @@ class KVCache(nn.Module):
     def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
         if self.k.device.type in HOST:  # scatter would copy the whole cache for every token
-            row, head = torch.arange(k.shape[0])[:, None, None], torch.arange(k.shape[1])[:, None]
-            self.k[row, head, position_ids[:, None]] = k
-            self.v[row, head, position_ids[:, None]] = v
+            row = torch.arange(k.shape[0])[:, None]  # B 1
+            self.k[row, :, position_ids], self.v[row, :, position_ids] = k.transpose(1, 2), v.transpose(1, 2)
         else:  # a buffer re-assigned is what ModelBuilder makes a graph's state; one written in place keeps its zeros
             index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
             self.k, self.v = self.k.scatter(2, index, k), self.v.scatter(2, index, v)
@@ -639,27 +638,36 @@ class KVCache(nn.Module):
 
 
 def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `eager_attention_forward`, op by op: q [B,K,G*T,D], k and v [B,K,S,D], mask [B,1,G*T,S] -> [B,K,G*T,D].
+    """HF's `eager_attention_forward`, op by op: q [B,H,T,D], k and v [B,K,S,D], mask [B,1,G*T,S] -> [B,H,T,D].
 
     Differs: the query heads of a KV head lie side by side, so that k and v are not copied G times (`repeat_kv`); the
     mask puts -1e9 in the place of a score, where HF adds finfo.min: exp() so near the end of bfloat16's range gives NaN
     on Neuron.
     """
-    scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # B K G*T S
+    scores = torch.matmul(group(q, k), k.transpose(2, 3)) * scaling  # B K G*T S
     scores = torch.where(mask, scores.float(), -1e9)
-    return torch.matmul(F.softmax(scores, dim=-1).to(q.dtype), v)
+    return torch.matmul(F.softmax(scores, dim=-1).to(q.dtype), v).reshape(q.shape)
 
 
 def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """HF's `sdpa_attention_forward`: torch's fused kernel, on the shapes of `eager_attention_forward`."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    if q.shape[2] == k.shape[2] and q.device.type in HOST:
+        # a text from its start, and nothing else: without a mask the half that it hides is left out, 0.8 x the time of
+        # a prefill of 1024 tokens
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return F.scaled_dot_product_attention(group(q, k), k, v, attn_mask=mask, scale=scaling).reshape(q.shape)
 
 
 def compiled_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """What a compiled step takes for one new token (G*T is G): both products as multiply and sum, in float32."""
-    scores = (q[:, :, :, None].float() * k[:, :, None]).sum(-1) * scaling  # B K G S
+    scores = (group(q, k)[:, :, :, None].float() * k[:, :, None]).sum(-1) * scaling  # B K G S
     weights = F.softmax(torch.where(mask, scores, -1e9), dim=-1)
-    return (weights[..., None] * v[:, :, None]).sum(-2).to(q.dtype)  # B K G D
+    return (weights[..., None] * v[:, :, None]).sum(-2).to(q.dtype).reshape(q.shape)  # B H 1 D
+
+
+def group(q: Tensor, k: Tensor) -> Tensor:
+    """Query heads [B,H,T,D] beside those of the same KV head: [B,K,G*T,D]."""
+    return q.reshape(*k.shape[:2], -1, k.shape[-1])
 
 
 ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
@@ -695,8 +703,8 @@ class LlamaAttention(nn.Module):
         q, k = apply_rotary_pos_emb(qk, cos, sin).split((H, K), dim=1)  # B H|K T D
         k, v = self.kv_cache.update(k, v, position_ids, length=mask.shape[-1])  # B K S D
         attention = compiled_attention_forward if T == 1 and compiled_on_host(x) else self.attention
-        y = attention(q.reshape(B, K, -1, D), k, v, mask, self.scaling)  # B K G*T D
-        return self.o_proj(y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D))
+        y = attention(q, k, v, mask, self.scaling)  # B H T D
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
 
 # --------------------------------------------------------------------------------------------------- MLP, layers, model
@@ -926,7 +934,8 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 
 
 def cache_slots(tokens: int, sequence_length: int) -> Tensor:
-    """As many cache slots as attention has to read for `tokens`: a power of two, 128 at least, but not past the cache.
+    """As many cache slots as decoding reads for a text of `tokens`: a power of two, 128 at least, but not past the
+    cache.
 
     Cost follows the text and not the cache. Fewer than 16 slots are taken as they are: torch adds up a softmax shorter
     than a vector register in another order, and here HF's bits are kept.
@@ -980,17 +989,17 @@ def greedy_steps(
     positions = torch.arange(length, dtype=torch.int32).clamp(max=neuron.sequence_length - 1).expand_as(ids)  # B P
     last = torch.tensor([len(row) - 1 for row in rows])  # B, then zeros: T is 1 while decoding
     ends = (last + 1).int()  # B: the first free slot of each row
+    slots, fixed = torch.arange(min(length, neuron.sequence_length), dtype=torch.int32), neuron.context_encoding_buckets
     step = 0
     while step < max(room):
         # graphs of fixed shape (buckets tell) attend to the whole cache
-        fixed = neuron.context_encoding_buckets
-        slots = {} if fixed else {"slots": cache_slots(longest + step, neuron.sequence_length)}
-        new = next_tokens(model, ids, positions, last, logits, **slots)
+        new = next_tokens(model, ids, positions, last, logits, **{} if fixed else {"slots": slots})
         yield [token if step < left else None for token, left in zip(new, room, strict=False)]
         room = [min(left, step + 1) if token in eos_token_ids else left for token, left in zip(new, room, strict=False)]
         ids, last = torch.tensor(new, dtype=torch.int32)[:, None], torch.zeros_like(last)  # B 1
         positions = (ends + step).clamp(max=neuron.sequence_length - 1)[:, None]  # B 1: an ended row stays in the cache
         step += 1
+        slots = cache_slots(longest + step, neuron.sequence_length)
 
 
 def generate(
