@@ -1027,6 +1027,7 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool) -> None:
         "realize_opcount_threshold": 8,
         "cpp.enable_floating_point_contract_flag": "fast",
         "size_asserts": False,
+        "cpp.vec_isa_ok": True,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
     }
     region = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
