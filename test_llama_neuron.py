@@ -289,9 +289,10 @@ def assert_same_bits(path: Path, batch: int, prompt_length: int, steps: int) -> 
         first = prompt_length + step - 1 if step else 0
         positions = torch.arange(first, first + ids.shape[1], dtype=torch.int32).expand_as(ids)
         seen.clear()
+        slots = cache_slots(prompt_length + step, 512) if step else positions[0]  # as greedy_steps has it
         with torch.inference_mode():
             out = hf(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
-            logits = ours(ids.int(), positions, slots=cache_slots(prompt_length + step, 512))
+            logits = ours(ids.int(), positions, slots=slots)
         # HF's last hidden state is the normed one; its last layer's own output it does not show
         for number, (hfs, mine) in enumerate(zip(out.hidden_states[1:-1], seen, strict=False)):
             assert_same(mine, hfs, f"step {step}: layer {number}")
@@ -305,6 +306,15 @@ def assert_same_bits(path: Path, batch: int, prompt_length: int, steps: int) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_has_hfs_bits(family: str, prompt_length: int, batch: int, hf_checkpoint: Callable) -> None:
     assert_same_bits(hf_checkpoint(family), batch, prompt_length, steps=16)
+
+
+def test_packing_changes_the_layout_of_a_weight_and_no_bit(hf_checkpoint: Callable) -> None:
+    path = hf_checkpoint("odd sizes")
+    packed, plain = (dict(load_model(path, dtype=torch.bfloat16, packed=p).named_parameters()) for p in (True, False))
+    for name, weight in plain.items():
+        linear = weight.dim() == 2 and "embed_tokens" not in name
+        assert packed[name].is_mkldnn == (linear and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        assert torch.equal(packed[name].to_dense() if packed[name].is_mkldnn else packed[name], weight), name
 
 
 def test_chunked_prefill_computes_the_same(hf_checkpoint: Callable) -> None:

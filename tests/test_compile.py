@@ -7,6 +7,7 @@ because that takes several seconds each.
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
 
 import test_llama_neuron
 from llama_neuron import (
@@ -27,10 +29,12 @@ from llama_neuron import (
     SharedMemory,
     cache_slots,
     compile_decode,
+    exit_on_usage_error,
     gather_from_tensor_model_parallel_region,
     generate,
     greedy_steps,
     load_model,
+    main,
     next_tokens,
     reduce_from_tensor_model_parallel_region,
 )
@@ -41,6 +45,7 @@ hf_checkpoint, smollm2 = test_llama_neuron.hf_checkpoint, test_llama_neuron.smol
 # biases, gelu_pytorch_tanh and no even size; llama3 rope, tied embeddings and three query heads for a KV head
 ODD, LLAMA3 = "odd sizes", "llama-3.2"
 LENGTH = 512
+COMMAND = "llama_neuron.py"
 
 
 def compiled_model(
@@ -157,7 +162,7 @@ def test_a_model_compiled_for_ids_gives_logits_too(compiled: Callable, hf_checkp
 def test_two_ranks_have_hfs_ids(hf_checkpoint: Callable) -> None:
     path, (prompt, *_) = hf_checkpoint(ODD), PROMPTS
     flags = ("--tp", 2, "--dtype", "float32", "--compile", "--max-new-tokens", NEW_TOKENS, "--json")
-    ran = command("llama_neuron.py", "--ckpt", path, *flags, "--prompt-ids", ",".join(map(str, prompt)))
+    ran = command(COMMAND, "--ckpt", path, *flags, "--prompt-ids", ",".join(map(str, prompt)))
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)
     _, expected = hf_greedy(hf_model(path, torch.float32), prompt, NEW_TOKENS)
@@ -231,10 +236,19 @@ def test_without_a_compiler_one_line_tells_what_to_install(
     else:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
-    ran = command("llama_neuron.py", "--ckpt", hf_checkpoint(ODD), "--compile", "--prompt-ids", "1,2")
+    ran = command(COMMAND, "--ckpt", hf_checkpoint(ODD), "--compile", "--prompt-ids", "1,2")
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
     assert ran.stderr.startswith(f"llama_neuron.py: error: --compile needs {compiler or 'g++'} and ")
     assert ran.stderr.endswith(": install both (on Debian and Ubuntu: g++ and python3-dev), or leave it out\n")
+
+
+def test_an_older_torch_is_refused(hf_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    monkeypatch.setattr(sys, "argv", [COMMAND, "--ckpt", str(hf_checkpoint(ODD)), "--compile", "--prompt-ids", "1,2"])
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_usage_error(main)
+    line = "llama_neuron.py: error: --compile needs torch 2.13, this is 2.9.1+cpu: leave it out\n"
+    assert capsys.readouterr() == ("", line)
 
 
 # -------------------------------------------------------------------------------------------------- the real SmolLM2

@@ -5,7 +5,6 @@ from the shapes of the model cards. All in bfloat16, two bytes a number.
 """
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert_weights import convert, expected_shapes
-from llama_neuron import LlamaConfig, NeuronConfig, plan, shard_path
+from llama_neuron import LlamaConfig, NeuronConfig, exit_on_usage_error, main, plan, shard_path
 
-ROOT = Path(__file__).resolve().parent.parent
 LLAMA3 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "torch_dtype": "bfloat16"}
 SIZES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -34,7 +32,7 @@ def write_config(folder: Path, **settings: object) -> Path:
 def planned(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[dict]:
     """What the command prints for `--plan --json`."""
     monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--plan", "--json", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "llama_neuron.py"), run_name="__main__")
+    exit_on_usage_error(main)
     return json.loads(capsys.readouterr().out)
 
 
@@ -151,7 +149,7 @@ def test_plan_counts_what_the_converter_writes(tp, heads, kv_heads, vocab_parall
 def test_plan_as_text_has_a_line_for_every_degree_and_needs_no_weights(tmp_path, capsys, monkeypatch):
     folder = write_config(tmp_path, **SIZES["8B"])
     monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--ckpt", str(folder), "--plan"])
-    runpy.run_path(str(ROOT / "llama_neuron.py"), run_name="__main__")
+    exit_on_usage_error(main)
     head, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "4", "8", "16", "24", "32", "64"]
     assert head.endswith("trn1 16 GB        inf2 16 GB        trn2 24 GB")
@@ -167,6 +165,6 @@ def test_more_than_one_degree_is_for_plans_only(tmp_path, capsys, monkeypatch):
     folder = write_config(tmp_path, **SIZES["8B"])
     monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--ckpt", str(folder), "--tp", "2,4"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "llama_neuron.py"), run_name="__main__")
+        exit_on_usage_error(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
