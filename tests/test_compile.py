@@ -242,6 +242,14 @@ def test_without_a_compiler_one_line_tells_what_to_install(
     assert ran.stderr.endswith(": install both (on Debian and Ubuntu: g++ and python3-dev), or leave it out\n")
 
 
+def test_packed_weights_are_refused(hf_checkpoint: Callable) -> None:
+    model = load_model(hf_checkpoint(ODD), dtype=torch.bfloat16)
+    if not model.lm_head.weight.is_mkldnn:
+        pytest.skip("oneDNN has no bfloat16 kernels for this CPU")
+    with pytest.raises(ValueError, match="load the model with packed=False"):
+        compile_decode(model)
+
+
 def test_an_older_torch_is_refused(hf_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
     monkeypatch.setattr(sys, "argv", [COMMAND, "--ckpt", str(hf_checkpoint(ODD)), "--compile", "--prompt-ids", "1,2"])
