@@ -372,15 +372,8 @@ def compiled_on_host(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type in HOST
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A bfloat16 weight in the layout that oneDNN's kernels read, where this CPU has kernels for it."""
-    mkldnn = torch.ops.mkldnn  # the name that torch knows oneDNN by
-    packs = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
-    return mkldnn._reorder_linear_weight(weight, 1) if packs and weight.dtype == torch.bfloat16 else weight
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, and in a compiled step of one row the same as multiply and sum, in float32."""
+    """`F.linear`, also of a packed weight; in a compiled step of one row the same as multiply and sum, in float32."""
     if weight.is_mkldnn:
         # the bits of F.linear, which packs the weight itself at each call: 36 -> 29 ms for a token of SmolLM2
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -499,6 +492,9 @@ class ParallelEmbedding(nn.Module):
         here = (row >= 0) & (row < self.weight.shape[0])
         x = F.embedding(torch.where(here, row, 0), self.weight)
         return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0))
+
+
+LINEAR = (ColumnParallelLinear, RowParallelLinear)
 
 
 # -------------------------------------------------------------------------------------------- RMSNorm, rotary embedding
@@ -801,6 +797,7 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = parallel.ColumnParallelLinear(config.hidden_size, config.vocab_size, **kwargs)
         self.gather = parallel.gather_from_tensor_model_parallel_region
         self.rank_util = parallel.SPMDRank(neuron_config.tp_degree)
+        self.packs = False  # whether decoding begins with `pack_weights`
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, slots: Tensor | None = None
@@ -852,10 +849,10 @@ def open_shard(path: Path) -> safe_open:
 
 
 def read_state(
-    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int, packed: Collection[str] = ()
+    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int, apart: Collection[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields a rank's tensors in `neuron.torch_dtype`, by the names of `LlamaForCausalLM`; memory-mapped where that is
-    the file's, those named in `packed` packed.
+    the file's, each of those named in `apart` by a mapping of its own, whose pages go with it.
 
     Raises UsageError for what is wrong with the files.
     """
@@ -865,15 +862,31 @@ def read_state(
         stored = {name: name for name in file.keys()}
         if shares_embedding(config, neuron):
             stored["lm_head.weight"] = "model.embed_tokens.weight"
-        # the pages of what is packed are to go, and those of a mapping go together
-        tensors = ((n, (open_shard(path) if n in packed else file).get_tensor(key)) for n, key in stored.items())
+        tensors = ((n, (open_shard(path) if n in apart else file).get_tensor(key)) for n, key in stored.items())
     else:
         from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
 
         tensors = shard_checkpoint(open_checkpoint(ckpt, config), config, neuron, rank)
     for name, tensor in tensors:
-        tensor = tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor
-        yield name, pack(tensor) if name in packed else tensor
+        yield name, tensor.to(neuron.torch_dtype) if tensor.is_floating_point() else tensor
+
+
+def pack(linear_layer: nn.Module) -> None:
+    """Puts a bfloat16 weight on a CPU into the layout that oneDNN's kernels read, where it is not in it yet."""
+    weight = linear_layer.weight.data
+    if not weight.is_mkldnn:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        linear_layer.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def pack_weights(model: LlamaForCausalLM) -> None:
+    """Packs the linear layers, one after another, once there is a first token, for which it would not pay. The seconds
+    count as loading."""
+    start = time.perf_counter()
+    for module in model.modules():
+        if isinstance(module, LINEAR):
+            pack(module)
+    model.packs, model.pack_s = False, time.perf_counter() - start
 
 
 def load_model(
@@ -892,9 +905,10 @@ def load_model(
 
     With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
     of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. On another device than the CPU the
-    model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. On the CPU the
-    weights of linear layers are packed (`pack`), unless `compile_decode` is to follow, which needs them plain. Raises
-    UsageError for what is wrong with the files, ValueError where the process group does not fit.
+    model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. On a CPU that
+    has bfloat16 kernels, `greedy_steps` packs bfloat16 weights before it decodes (`pack_weights`), if `packed`;
+    `compile_decode` needs them plain. Raises UsageError for what is wrong with the files, ValueError where the process
+    group does not fit.
     """
     config = LlamaConfig.from_pretrained(ckpt)
     flags = {"tp_degree": tp_degree, "batch_size": batch_size, "sequence_length": sequence_length, "torch_dtype": dtype}
@@ -902,7 +916,9 @@ def load_model(
     if get_tensor_model_parallel_size() != tp_degree:
         raise ValueError(f"tp_degree {tp_degree}, but the process group has {get_tensor_model_parallel_size()} ranks")
     model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
-    kinds = (ColumnParallelLinear, RowParallelLinear) if packed and device == "cpu" else ()
+    if packed and device == "cpu" and neuron.torch_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        model.packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # mkldnn: torch's name for oneDNN
+    kinds = LINEAR if model.packs else ()
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
     state = dict(read_state(ckpt, config, neuron, tp_rank, linears))
     try:
@@ -911,6 +927,8 @@ def load_model(
         reason = " ".join(str(error).split())
         raise UsageError(f"{shard_path(ckpt, tp_rank)} does not fit config.json, convert again: {reason}") from None
     model = model.eval().to(device)
+    if model.packs:  # while nothing else has been read: the copy of this one is the largest of all
+        pack(model.lm_head)
     if device == "cpu":
         # a block of nearly 32 MiB, made and freed: from then on glibc keeps blocks of that size instead of getting them
         # from the system page by page each time. 1.11 -> 0.99 s (sdpa), 2.4 -> 1.8 s (eager) for 1024 tokens of prompt
@@ -998,6 +1016,8 @@ def greedy_steps(
     slots, fixed = torch.arange(min(length, neuron.sequence_length), dtype=torch.int32), neuron.context_encoding_buckets
     step = 0
     while step < max(room):
+        if step == 1 and getattr(model, "packs", False):  # an NxDModel does not know of it
+            pack_weights(model)
         # graphs of fixed shape (buckets tell) attend to the whole cache
         new = next_tokens(model, ids, positions, last, logits, **{} if fixed else {"slots": slots})
         yield [token if step < left else None for token, left in zip(new, room, strict=False)]
@@ -1026,7 +1046,7 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool = False) -> None
     One graph serves every length of text, one layer's code all layers. Raises ValueError where weights are packed.
     """
     start = time.perf_counter()
-    if model.lm_head.weight.is_mkldnn:
+    if model.packs or model.lm_head.weight.is_mkldnn:
         raise ValueError("compile_decode reads weights as they are: load the model with packed=False")
     options = {
         # 15.0 -> 11.5 ms for a token of SmolLM2: a normed row is kept and not computed again for every row of weights,
@@ -1420,11 +1440,12 @@ def measure(
     """
     neuron, (weights, table, _) = model.neuron_config, count_numbers(model.config, model.neuron_config)
     read = weights if shares_embedding(model.config, neuron) else weights - table
+    pack_s = getattr(model, "pack_s", 0.0)  # a part of loading that waits for the first token
     weight_bytes = read * neuron.torch_dtype.itemsize * neuron.tp_degree
     compile_s = getattr(model, "compile_s", 0.0)
-    tokens, decode_s = sum(len(ids) - 1 for ids in completions), clock[-1] - clock[2]
+    tokens, decode_s = sum(len(ids) - 1 for ids in completions), clock[-1] - clock[2] - pack_s
     return {
-        "load_s": clock[1] - clock[0] - compile_s,
+        "load_s": clock[1] - clock[0] - compile_s + pack_s,
         "compile_s": compile_s,
         "prefill_s": clock[2] - clock[1],
         "prefill_tokens": sum(map(len, prompts)),

@@ -35,6 +35,7 @@ from llama_neuron import (
     generate,
     greedy_steps,
     load_model,
+    pack_weights,
     shard_path,
 )
 
@@ -275,7 +276,8 @@ def assert_same(mine: Tensor, hfs: Tensor, what: str) -> None:
 
 
 def assert_same_bits(path: Path, batch: int, prompt_length: int, steps: int) -> None:
-    """Every layer's hidden state and every logit equal HF's in bfloat16, in prefill and in `steps` of decode."""
+    """Every layer's hidden state and every logit equal HF's in bfloat16, in prefill and in `steps` of decode, as
+    greedy_steps computes them: weights are packed after the prefill, and stay so for a second one."""
     hf = hf_model(path, torch.bfloat16)
     ours = load_model(path, dtype=torch.bfloat16, batch_size=batch, sequence_length=512)
     seen: list[Tensor] = []
@@ -287,6 +289,8 @@ def assert_same_bits(path: Path, batch: int, prompt_length: int, steps: int) -> 
     cache = None
     for step in range(steps + 1):
         first = prompt_length + step - 1 if step else 0
+        if step == 1 and ours.packs:
+            pack_weights(ours)
         positions = torch.arange(first, first + ids.shape[1], dtype=torch.int32).expand_as(ids)
         seen.clear()
         slots = cache_slots(prompt_length + step, 512) if step else positions[0]  # as greedy_steps has it
@@ -298,7 +302,11 @@ def assert_same_bits(path: Path, batch: int, prompt_length: int, steps: int) -> 
             assert_same(mine, hfs, f"step {step}: layer {number}")
         assert_same(seen[-1], out.hidden_states[-1], f"step {step}: the last norm")
         assert_same(logits, out.logits.float(), f"step {step}: logits")
+        if step == 0:
+            prompt = ids.int(), positions, out.logits.float()
         cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    with torch.inference_mode():
+        assert_same(ours(*prompt[:2], slots=prompt[1][0]), prompt[2], "prefill, packed: logits")
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -310,8 +318,11 @@ def test_bfloat16_has_hfs_bits(family: str, prompt_length: int, batch: int, hf_c
 
 def test_packing_changes_the_layout_of_a_weight_and_no_bit(hf_checkpoint: Callable) -> None:
     path = hf_checkpoint("odd sizes")
-    packed, plain = (dict(load_model(path, dtype=torch.bfloat16, packed=p).named_parameters()) for p in (True, False))
-    for name, weight in plain.items():
+    model, plain = load_model(path, dtype=torch.bfloat16), load_model(path, dtype=torch.bfloat16, packed=False)
+    for model_or_plain in (model, plain):
+        generate(model_or_plain, PROMPTS[:1], 2, ())
+    packed = dict(model.named_parameters())
+    for name, weight in plain.named_parameters():
         linear = weight.dim() == 2 and "embed_tokens" not in name
         assert packed[name].is_mkldnn == (linear and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         assert torch.equal(packed[name].to_dense() if packed[name].is_mkldnn else packed[name], weight), name
