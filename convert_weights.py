@@ -219,7 +219,8 @@ def shard_checkpoint(
             for name in (f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight", *row_biases):
                 yield name, checkpoint.get(name)
         yield "model.norm.weight", checkpoint.get("model.norm.weight")
-        yield "lm_head.weight", padded(embedding if config.tie_word_embeddings else "lm_head.weight", dim=0)
+        if not shares_embedding(config, neuron):
+            yield "lm_head.weight", padded(embedding if config.tie_word_embeddings else "lm_head.weight", dim=0)
 
     for name in ["rank_util.rank"] + ["model.embed_tokens.rank_util.rank"] * neuron.vocab_parallel:
         yield name, torch.tensor([rank], dtype=torch.int32)
@@ -265,8 +266,6 @@ def convert(hf: str | Path, out: str | Path, config: LlamaConfig, neuron: Neuron
     for rank in range(neuron.tp_degree):
         tensors = shard_checkpoint(checkpoint, config, neuron, rank)
         shard = dict(tqdm(tensors, desc=f"rank {rank} of {neuron.tp_degree}", unit=" tensors", disable=None))
-        if shares_embedding(config, neuron):
-            del shard["lm_head.weight"]
         write(shard_path(out, rank), lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
     write(out / "neuron_config.json", lambda path: path.write_text(to_json(asdict(neuron)) + "\n"))
 
