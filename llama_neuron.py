@@ -375,12 +375,18 @@ def compiled_on_host(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, also of a packed weight; in a compiled step of one row the same as multiply and sum, in float32."""
     if weight.is_mkldnn:
-        # the bits of F.linear, which packs the weight itself at each call: 36 -> 29 ms for a token of SmolLM2
+        # the bits of F.linear, which packs the weight itself at each call: 36 -> 30 ms for a token of SmolLM2
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if not (compiled_on_host(x) and x.numel() == x.shape[-1]):
         return F.linear(x, weight, bias)
-    # one pass over the weights at 27-31 GB/s where F.linear reads 12-17, with norm and activation in the same loops
-    y = (x[..., None, :].float() * weight.float()).sum(-1)
+    # one pass over the weights at 27-31 GB/s where F.linear reads 12-17, with norm and activation in the same loops.
+    # Inductor adds up more than 4096 numbers by cascades, at half the rate: a longer row is summed in pieces. Of long
+    # rows, two halves of the weight are read at one time. Both: 67 -> 52 ms for a token of Llama-3.2-1B's shape
+    size = x.shape[-1]
+    pieces = next(n for n in range(1, size + 1) if size % n == 0 and size <= 4096 * n)
+    halves = weight.chunk(2 if size >= 2048 else 1)
+    products = [(x[..., None, :].float() * half.float()).unflatten(-1, (pieces, -1)) for half in halves]
+    y = torch.cat([product.sum(-1).sum(-1) for product in products], dim=-1)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -860,10 +866,7 @@ def read_state(
     if is_converted(ckpt):
         path = shard_path(ckpt, rank)
         file = open_shard(path)
-        stored = {name: name for name in file.keys()}
-        if shared and apart:
-            stored["lm_head.weight"], shared = embedding, False  # the same rows, mapped once more
-        tensors = ((n, (open_shard(path) if n in apart else file).get_tensor(key)) for n, key in stored.items())
+        tensors = ((n, (open_shard(path) if n in apart else file).get_tensor(n)) for n in file.keys())
     else:
         from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
 
@@ -875,21 +878,17 @@ def read_state(
             yield "lm_head.weight", tensor
 
 
-def pack(linear_layer: nn.Module) -> None:
-    """Puts a bfloat16 weight on a CPU into the layout that oneDNN's kernels read, where it is not in it yet."""
-    weight = linear_layer.weight.data
-    if not weight.is_mkldnn:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        linear_layer.weight = nn.Parameter(packed, requires_grad=False)
-
-
 def pack_weights(model: LlamaForCausalLM) -> None:
-    """Packs the linear layers, one after another, once there is a first token, for which it would not pay. The seconds
-    count as loading."""
+    """Puts the layers' bfloat16 weights, one after another, into the layout that oneDNN's kernels read.
+
+    Not before there is a first token, for which it would not pay. lm_head stays as it is: its copy, the largest of all,
+    would have to be made while all the rest is in memory. The seconds count as loading.
+    """
     start = time.perf_counter()
-    for module in model.modules():
+    for module in model.model.layers.modules():
         if isinstance(module, LINEAR):
-            pack(module)
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.data, 1)
+            module.weight = nn.Parameter(packed, requires_grad=False)
     model.packs, model.pack_s = False, time.perf_counter() - start
 
 
@@ -922,8 +921,7 @@ def load_model(
     model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
     if packed and device == "cpu" and neuron.torch_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         model.packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # mkldnn: torch's name for oneDNN
-    kinds = LINEAR if model.packs else ()
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+    linears = {f"{name}.weight" for name, module in model.named_modules() if model.packs and isinstance(module, LINEAR)}
     state = dict(read_state(ckpt, config, neuron, tp_rank, linears))
     try:
         model.load_state_dict(dict(model.named_buffers()) | state, assign=True)
@@ -931,8 +929,6 @@ def load_model(
         reason = " ".join(str(error).split())
         raise UsageError(f"{shard_path(ckpt, tp_rank)} does not fit config.json, convert again: {reason}") from None
     model = model.eval().to(device)
-    if model.packs:  # while nothing else has been read: the copy of this one is the largest of all
-        pack(model.lm_head)
     if device == "cpu":
         # a block of nearly 32 MiB, made and freed: from then on glibc keeps blocks of that size instead of getting them
         # from the system page by page each time. 1.11 -> 0.99 s (sdpa), 2.4 -> 1.8 s (eager) for 1024 tokens of prompt
@@ -1050,7 +1046,7 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool = False) -> None
     One graph serves every length of text, one layer's code all layers. Raises ValueError where weights are packed.
     """
     start = time.perf_counter()
-    if model.packs or model.lm_head.weight.is_mkldnn:
+    if model.packs or model.model.layers[0].mlp.down_proj.weight.is_mkldnn:
         raise ValueError("compile_decode reads weights as they are: load the model with packed=False")
     options = {
         # 76 -> 88 tokens/s: a normed row is kept, not computed again for every row of gate and up; sum and product fuse
