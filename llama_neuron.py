@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
@@ -501,9 +501,6 @@ class ParallelEmbedding(nn.Module):
         return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0))
 
 
-LINEAR = (ColumnParallelLinear, RowParallelLinear)
-
-
 # -------------------------------------------------------------------------------------------- RMSNorm, rotary embedding
 
 
@@ -856,10 +853,10 @@ def open_shard(path: Path) -> safe_open:
 
 
 def read_state(
-    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int, apart: Collection[str] = ()
+    ckpt: str | Path, config: LlamaConfig, neuron: NeuronConfig, rank: int, apart: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields a rank's tensors in `neuron.torch_dtype`, by the names of `LlamaForCausalLM`; memory-mapped where that is
-    the file's, each of those named in `apart` by a mapping of its own, whose pages go with it.
+    the file's, with `apart` each by a mapping of its own, whose pages go with it.
 
     Raises UsageError for what is wrong with the files.
     """
@@ -867,7 +864,7 @@ def read_state(
     if is_converted(ckpt):
         path = shard_path(ckpt, rank)
         file = open_shard(path)
-        tensors = ((n, (open_shard(path) if n in apart else file).get_tensor(n)) for n in file.keys())
+        tensors = ((n, (open_shard(path) if apart else file).get_tensor(n)) for n in file.keys())
     else:
         from convert_weights import open_checkpoint, shard_checkpoint  # here, because it imports this file
 
@@ -887,7 +884,7 @@ def pack_weights(model: LlamaForCausalLM) -> None:
     """
     start = time.perf_counter()
     for module in model.model.layers.modules():
-        if isinstance(module, LINEAR):
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.data, 1)
             module.weight = nn.Parameter(packed, requires_grad=False)
     model.packs, model.pack_s = False, time.perf_counter() - start
@@ -910,9 +907,9 @@ def load_model(
     With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
     of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. On another device than the CPU the
     model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. On a CPU that
-    has bfloat16 kernels, `greedy_steps` packs bfloat16 weights before it decodes (`pack_weights`), if `packed`;
-    `compile_decode` needs them plain. Raises UsageError for what is wrong with the files, ValueError where the process
-    group does not fit.
+    has bfloat16 kernels, `greedy_steps` packs the layers' bfloat16 weights before it decodes (`pack_weights`), if
+    `packed`; `compile_decode` needs them plain. Raises UsageError for what is wrong with the files, ValueError where
+    the process group does not fit.
     """
     config = LlamaConfig.from_pretrained(ckpt)
     flags = {"tp_degree": tp_degree, "batch_size": batch_size, "sequence_length": sequence_length, "torch_dtype": dtype}
@@ -922,8 +919,7 @@ def load_model(
     model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
     if packed and device == "cpu" and neuron.torch_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         model.packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # mkldnn: torch's name for oneDNN
-    linears = {f"{name}.weight" for name, module in model.named_modules() if model.packs and isinstance(module, LINEAR)}
-    state = dict(read_state(ckpt, config, neuron, tp_rank, linears))
+    state = dict(read_state(ckpt, config, neuron, tp_rank, apart=model.packs))
     try:
         model.load_state_dict(dict(model.named_buffers()) | state, assign=True)
     except RuntimeError as error:
@@ -1080,7 +1076,7 @@ def compile_decode(model: LlamaForCausalLM, output_logits: bool = False) -> None
 
     model.forward = forward
     zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
-    with torch._dynamo.config.patch(run_gc_after_compile=False):  # 0.3 s
+    with torch._dynamo.config.patch(run_gc_after_compile=False):  # a collection of 0.3 s
         next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=smallest)
     model.compile_s = time.perf_counter() - start
 
