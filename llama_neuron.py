@@ -18,9 +18,9 @@ import json
 import os
 import resource
 import sys
-import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -1036,49 +1036,98 @@ def generate(
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def compile_decode(model: LlamaForCausalLM, output_logits: bool = False) -> None:
-    """--compile on a CPU: from here on T = 1 is Inductor's; prefill stays eager. Compiles the graph that gives ids, or
-    logits if `output_logits`; the other one would be compiled when it is called.
+def digest(*depends: object) -> str:
+    """Twelve digits, for a file's name, that change with what compiled code depends on; this file is a part of it."""
+    return hashlib.sha256(to_json([*depends, Path(__file__).read_text()]).encode()).hexdigest()[:12]
 
-    One graph serves every length of text, one layer's code all layers. Raises ValueError where weights are packed.
+
+class Stateless(nn.Module):
+    """A module as a function of its weights and buffers too, for `torch.export`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.call = partial(torch.func.functional_call, module)  # kept in here, it is no submodule that has weights
+
+    def forward(self, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.call(state, inputs)
+
+
+def compile_module(
+    job: int, modules: list[nn.Module], inputs: list[tuple], files: list[Path], threads: int, scratch: str
+) -> None:
+    """Compiles one of some modules into its file, in a forked process: the memory that this takes goes with it."""
+    torch.set_num_threads(1)  # the others were not forked
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
+    module, slots = modules[job], torch.export.Dim.AUTO  # of the caches and of the mask: any number
+    weights = dict(module.named_parameters())
+    # larger than the mask's two slots, which torch would take for all there are, and than one, which it would not vary
+    caches = {name: F.pad(cache, (0, 0, 0, 2)) for name, cache in module.named_buffers()}
+    shapes = {name: {2: slots} if name in caches else None for name in weights | caches}
+    shapes = shapes, tuple({3: slots} if x.dtype == torch.bool else None for x in inputs[job])
+    options = {
+        # a normed row is kept, not computed again for every row of Wqkv, gate and up: 0.9 x the time for a token
+        "realize_reads_threshold": 1,
+        "realize_opcount_threshold": 8,
+        "cpp.threads": threads,
+        "cpp.vec_isa_ok": True,  # what the CPU says of its vectors is believed, not tried in six processes
+        "aot_inductor.precompile_headers": False,  # which would pay from the third file on
+    }
+    package = f"{scratch}/{job}.pt2"
+    with torch.no_grad():
+        exported = torch.export.export(Stateless(module), (weights | caches, inputs[job]), dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
+    os.replace(package, files[job])
+
+
+def compile_decode(model: LlamaForCausalLM) -> None:
+    """--compile on a CPU: from here on decoder layers and lm_head are Inductor's where they get one token of each row;
+    prefill stays eager.
+
+    They are compiled ahead of time, as for Neuron; one layer's code serves all layers, and every length of text and of
+    cache. It is kept in TORCHINDUCTOR_CACHE_DIR, or ~/.cache/llama_neuron; where it is there already, nothing of the
+    compiler is imported. Raises UsageError where that directory cannot be written, ValueError where weights are packed
+    or ranks exchange through gloo.
     """
     start = time.perf_counter()
-    if model.packs or model.model.layers[0].mlp.down_proj.weight.is_mkldnn:
+    config, neuron, layers = model.config, model.neuron_config, model.model.layers
+    if model.packs or layers[0].mlp.down_proj.weight.is_mkldnn:
         raise ValueError("compile_decode reads weights as they are: load the model with packed=False")
-    options = {
-        # 76 -> 88 tokens/s: a normed row is kept, not computed again for every row of gate and up; sum and product fuse
-        "realize_reads_threshold": 1,
-        "cpp.enable_floating_point_contract_flag": "fast",
-        # 0.87 x the time: it is kept before Wqkv too, and inputs that cannot change their shapes are not checked
-        "realize_opcount_threshold": 8,
-        "size_asserts": False,
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        # what the CPU says of its vectors is believed, not tried in six processes: 17 -> 11 s cold, 4.8 -> 3.9 s warm
-        "cpp.vec_isa_ok": True,
-    }
-    region = torch.compiler.nested_compile_region(LlamaDecoderLayer.forward)
-    for layer in model.model.layers:
-        layer.forward = partial(region, layer)
-        # a slot that no text reaches: to read the whole of a cache would be another graph than to read a part of it
-        cache = layer.self_attn.kv_cache
-        cache.k, cache.v = (F.pad(buffer, (0, 0, 0, 1)) for buffer in (cache.k, cache.v))
-    eager = model.forward
-    # without and with `last`: unguarded, a function cannot be both
-    compiled = [torch.compile(eager, fullgraph=True, options=options, isolate_recompiles=True) for _ in range(2)]
-    smallest = cache_slots(16, model.neuron_config.sequence_length)
-
-    def forward(input_ids: Tensor, position_ids: Tensor, *last: Tensor, slots: Tensor) -> Tensor:
-        if input_ids.shape[1] > 1:
-            return eager(input_ids, position_ids, *last, slots=slots)
-        slots = max(slots, smallest, key=len)
-        torch._dynamo.mark_dynamic(slots, 0)
-        return compiled[len(last)](input_ids, position_ids, *last, slots=slots)
-
-    model.forward = forward
-    zeros = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)  # written to slot 0, as a prompt will be
-    with torch._dynamo.config.patch(run_gc_after_compile=False):  # a collection of 0.3 s
-        next_tokens(model, zeros, zeros, zeros[:, 0], [] if output_logits else None, slots=smallest)
+    if neuron.tp_degree > 1 and not SharedMemory.joined:
+        # compiled code holds Python's lock while it waits for gloo, whose threads wait for that lock
+        raise ValueError("compile_decode needs ranks that exchange through memory: start them with start_ranks")
+    x = torch.zeros(neuron.batch_size, 1, config.hidden_size, dtype=neuron.torch_dtype)  # B 1 E
+    position_ids = torch.zeros(neuron.batch_size, 1, dtype=torch.int32)  # B 1
+    cos, sin = (table[:, None] for table in model.model.rotary_emb(x, position_ids))  # B 1 1 D
+    mask = torch.ones(neuron.batch_size, 1, model.model.groups, 2, dtype=torch.bool)  # B 1 G S
+    threads, folder = torch.get_num_threads(), os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")
+    machine = torch.__version__, sorted(torch.cpu.get_capabilities().items()), threads
+    name = digest(asdict(config), asdict(replace(neuron, sequence_length=1)), *machine)
+    files = [Path(folder).expanduser() / f"decode-{name}-{module}.pt2" for module in ("layer", "lm_head")]
+    if model.rank_util.get_rank() == 0 and not all(file.exists() for file in files):
+        job = [layers[0], model.lm_head], [(x, cos, sin, mask, position_ids), (x,)], files, threads
+        try:
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=files[0].parent) as scratch:
+                mp.start_processes(compile_module, (*job, scratch), nprocs=len(files), start_method="fork")
+        except OSError as error:
+            raise UsageError(f"--compile keeps code in {folder}, set TORCHINDUCTOR_CACHE_DIR: {error}") from None
+    if neuron.tp_degree > 1:
+        dist.barrier()
+    # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
+    layer, lm_head = (torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1).run for file in files)
+    for module, code in [*((module, layer) for module in layers), (model.lm_head, lm_head)]:
+        state = [*module.parameters(), *module.buffers()]
+        module.forward = partial(compiled_forward, code, state, x.shape, module.forward)
     model.compile_s = time.perf_counter() - start
+
+
+def compiled_forward(
+    code: Callable, state: list[Tensor], one: torch.Size, eager: Callable, x: Tensor, *inputs: Tensor
+) -> Tensor:
+    """What a module's forward becomes: compiled where x has one token of each row, [B,1,E] or [B,E], else as it was."""
+    if x.numel() > one.numel():
+        return eager(x, *inputs)
+    return code([*state, x.view(one), *inputs])[0].view(*x.shape[:-1], -1)
 
 
 def choose_backend(args: argparse.Namespace) -> None:
@@ -1137,11 +1186,10 @@ def compile_nxd(ckpt: str, config: LlamaConfig, neuron: NeuronConfig, attn: str,
     lengths = (neuron.prefill_chunk_size,) if neuron.prefill_chunk_size else neuron.context_encoding_buckets
     with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
         compiler_args = f"--auto-cast=none --model-type=transformer --lnc={state.lnc_size}"
-        depends = [asdict(config), asdict(neuron), attn, output_logits, compiler_args]
-        depends += [torch_neuronx.utils.get_platform_target(), torch_neuronx.__version__, Path(__file__).read_text()]
-        digest = hashlib.sha256(to_json(depends).encode()).hexdigest()[:12]
+        platform = torch_neuronx.utils.get_platform_target(), torch_neuronx.__version__
+        depends = digest(asdict(config), asdict(neuron), attn, output_logits, compiler_args, *platform)
         shapes = f"tp{tp}-b{B}-s{neuron.sequence_length}-p{'.'.join(map(str, lengths))}"
-        path = Path(ckpt) / f"nxd-{shapes}-{'logits' if output_logits else 'ids'}-{digest}.pt"
+        path = Path(ckpt) / f"nxd-{shapes}-{'logits' if output_logits else 'ids'}-{depends}.pt"
         if path.exists():
             compiled = NxDModel.load(str(path))
         else:
@@ -1351,9 +1399,10 @@ def prepare(args: argparse.Namespace) -> None:
     if args.compile:
         require(args.device == "cpu", "--compile is for the CPU, a Neuron device has all compiled: leave it out")
         require(torch.__version__ >= "2.13", f"--compile needs torch 2.13, this is {torch.__version__}: leave it out")
-        compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
-        way_out = "install both (on Debian and Ubuntu: g++ and python3-dev), or leave it out"
-        require(which(compiler) and headers.exists(), f"--compile needs {compiler} and {headers}: {way_out}")
+        compiler = os.environ.get("CXX", "g++")
+        require(which(compiler), f"--compile needs a C++ compiler, {compiler} is not there: install g++, or set CXX")
+        alone = args.tp == 1 or not dist.is_initialized()
+        require(alone, "--compile needs ranks that exchange through memory: start them with --tp, without torchrun")
     output = Path(args.output_logits or "logits.safetensors").resolve()
     require(
         output.parent.is_dir(),
@@ -1373,7 +1422,7 @@ def run(args: argparse.Namespace) -> None:
         flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
         model = load_model(args.ckpt, tp_rank=rank, packed=not args.compile, **flags)
         if args.compile:
-            compile_decode(model, bool(args.output_logits))
+            compile_decode(model)
     if args.why and rank == 0 and not args.json:
         print(f"backend {args.backend} on {args.device}: {args.why}", file=sys.stderr)
     eos = () if args.ignore_eos else args.config.eos_token_id

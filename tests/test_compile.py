@@ -1,7 +1,6 @@
 """`--compile`: decoding through Inductor against Hugging Face, and the shared memory between ranks against torch.
 
-Nothing here is compared with what eager decoding gives, which has tests of its own. One model is compiled at a time,
-because that takes several seconds each.
+Nothing here is compared with what eager decoding gives, which has tests of its own.
 """
 
 import json
@@ -20,7 +19,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.torch_version import TorchVersion
 
@@ -50,14 +48,19 @@ LENGTH = 512
 COMMAND = "llama_neuron.py"
 
 
-def compiled_model(
-    path: Path, dtype: torch.dtype, output_logits: bool, batch_size: int = 1, sequence_length: int = LENGTH
-) -> LlamaForCausalLM:
-    """As `--compile` makes it, in a process that has compiled nothing else."""
-    torch._dynamo.reset()
-    counters.clear()
-    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=sequence_length, packed=False)
-    compile_decode(model, output_logits)
+@pytest.fixture(scope="module", autouse=True)
+def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled code is kept: nothing of an earlier run is used."""
+    folder = tmp_path_factory.mktemp("code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        yield folder
+
+
+def compiled_model(path: Path, dtype: torch.dtype, batch_size: int = 1, length: int = LENGTH) -> LlamaForCausalLM:
+    """As `--compile` makes it."""
+    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=length, packed=False)
+    compile_decode(model)
     return model
 
 
@@ -65,58 +68,55 @@ def random_prompt(tokens: int) -> list[int]:
     return torch.randint(96, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-@pytest.fixture(scope="module")
-def compiled(hf_checkpoint: Callable[[str], Path]) -> Iterator[Callable[[str], LlamaForCausalLM]]:
-    """A function from a family to its model in float32 that gives ids; compiled again where another came between."""
-    made: dict[str, LlamaForCausalLM] = {}
-
-    def make(family: str) -> LlamaForCausalLM:
-        if family not in made:
-            made.clear()
-            made[family] = compiled_model(hf_checkpoint(family), torch.float32, output_logits=False)
-        return made[family]
-
-    yield make
-    torch._dynamo.reset()
-
-
 # --------------------------------------------------------------------------------------------------- ids, against HF
 
 
 @pytest.mark.parametrize("family", [ODD, LLAMA3])
-def test_ids_are_hfs(family: str, compiled: Callable, hf_checkpoint: Callable) -> None:
-    _, expected = hf_greedy(hf_model(hf_checkpoint(family), torch.float32), PROMPTS[0], NEW_TOKENS)
-    assert generate(compiled(family), PROMPTS[:1], NEW_TOKENS, ()) == [expected]
+def test_ids_are_hfs(family: str, hf_checkpoint: Callable) -> None:
+    path = hf_checkpoint(family)
+    _, expected = hf_greedy(hf_model(path, torch.float32), PROMPTS[0], NEW_TOKENS)
+    assert generate(compiled_model(path, torch.float32), PROMPTS[:1], NEW_TOKENS, ()) == [expected]
 
 
-def test_one_graph_serves_a_text_that_outgrows_its_bucket(compiled: Callable, hf_checkpoint: Callable) -> None:
-    prompt = random_prompt(120)
-    assert [len(cache_slots(tokens, LENGTH)) for tokens in (120, 139)] == [128, 256]
-    _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), prompt, 20)
-    assert generate(compiled(LLAMA3), [prompt], 20, ()) == [expected]
-    assert counters["stats"]["unique_graphs"] == 1
+@pytest.mark.parametrize(
+    ("prompt", "length", "buckets"),
+    [
+        (1, LENGTH, [1, 128]),  # a prompt of one token is read by the compiled layer
+        (120, LENGTH, [128, 256]),  # a text that outgrows its bucket
+        (250, LENGTH, [256, LENGTH]),  # and fills the cache
+        (40, 64, [64]),  # which is smaller than any bucket
+        (1, 3, [1, 3]),  # or than the example that was compiled
+    ],
+)
+def test_one_code_serves_every_length_of_text_and_cache(
+    prompt: int, length: int, buckets: list[int], hf_checkpoint: Callable, code: Path
+) -> None:
+    path, ids = hf_checkpoint(LLAMA3), random_prompt(prompt)
+    new = min(NEW_TOKENS, length - prompt) if prompt < 250 else length - prompt
+    assert {len(cache_slots(tokens, length)) for tokens in (prompt, prompt + new)} == {*buckets}
+    _, expected = hf_greedy(hf_model(path, torch.float32), ids, new)
+    compiled_model(path, torch.float32)
+    files = sorted(code.glob("*.pt2"))
+    assert generate(compiled_model(path, torch.float32, length=length), [ids], new, ()) == [expected]
+    assert sorted(code.glob("*.pt2")) == files
 
 
-def test_a_prompt_of_one_token_is_read_by_the_compiled_step(compiled: Callable, hf_checkpoint: Callable) -> None:
-    _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), [7], NEW_TOKENS)
-    assert generate(compiled(LLAMA3), [[7]], NEW_TOKENS, ()) == [expected]
-    assert counters["stats"]["unique_graphs"] == 1
+RUN_KEPT = """
+import sys, torch
+from llama_neuron import compile_decode, generate, load_model
+torch.set_num_threads(1)
+model = load_model(sys.argv[1], dtype=torch.float32, packed=False)
+compile_decode(model)
+print(generate(model, [[7]], int(sys.argv[2]), ()), "torch._inductor" in sys.modules)
+"""
 
 
-def test_a_text_may_fill_the_cache(compiled: Callable, hf_checkpoint: Callable) -> None:
-    prompt = random_prompt(250)
-    assert [len(cache_slots(tokens, LENGTH)) for tokens in (250, LENGTH)] == [256, LENGTH]
-    _, expected = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), prompt, LENGTH - len(prompt))
-    assert generate(compiled(LLAMA3), [prompt], 999, ()) == [expected]
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-def test_a_cache_smaller_than_any_bucket_may_be_filled(hf_checkpoint: Callable) -> None:
-    path, prompt = hf_checkpoint(LLAMA3), random_prompt(40)
-    _, expected = hf_greedy(hf_model(path, torch.float32), prompt, 24)
-    model = compiled_model(path, torch.float32, output_logits=False, sequence_length=64)
-    assert generate(model, [prompt], 99, ()) == [expected]
-    assert counters["stats"]["unique_graphs"] == 1
+def test_code_that_was_kept_is_used_without_the_compiler(hf_checkpoint: Callable) -> None:
+    path = hf_checkpoint(LLAMA3)
+    compiled_model(path, torch.float32)
+    ran = command("-c", RUN_KEPT, path, NEW_TOKENS)
+    _, expected = hf_greedy(hf_model(path, torch.float32), [7], NEW_TOKENS)
+    assert (ran.stdout, ran.returncode) == (f"{[expected]} False\n", 0), ran.stderr
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 2048), (6, 8192), (3, 4100)])
@@ -139,8 +139,7 @@ def test_a_second_model_of_a_process_is_compiled_for_itself(hf_checkpoint: Calla
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "relu"}))
     expected = [hf_greedy(hf_model(path, torch.float32), PROMPTS[0], NEW_TOKENS)[1] for path in paths]
     assert expected[0] != expected[1]
-    models = [compiled_model(paths[0], torch.float32, False), load_model(paths[1], dtype=torch.float32, packed=False)]
-    compile_decode(models[1], False)
+    models = [compiled_model(path, torch.float32) for path in paths]
     assert [generate(model, PROMPTS[:1], NEW_TOKENS, ())[0] for model in models] == expected
 
 
@@ -151,7 +150,7 @@ def test_a_second_model_of_a_process_is_compiled_for_itself(hf_checkpoint: Calla
 def test_logits_are_hfs(family: str, prompts: list[list[int]], hf_checkpoint: Callable) -> None:
     """Of a batch too, whose products are torch's own."""
     path = hf_checkpoint(family)
-    model, hf = compiled_model(path, torch.float32, True, len(prompts)), hf_model(path, torch.float32)
+    model, hf = compiled_model(path, torch.float32, len(prompts)), hf_model(path, torch.float32)
     logits: list[Tensor] = []
     ids = list(zip(*greedy_steps(model, prompts, NEW_TOKENS, (), logits), strict=True))
     for row, prompt in enumerate(prompts):
@@ -159,15 +158,6 @@ def test_logits_are_hfs(family: str, prompts: list[list[int]], hf_checkpoint: Ca
         theirs, expected = hf_greedy(hf, prompt, NEW_TOKENS)
         assert list(ids[row]) == expected
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
-
-
-def test_a_model_compiled_for_ids_gives_logits_too(compiled: Callable, hf_checkpoint: Callable) -> None:
-    """By another graph: nothing in one of them would notice that it was called for the other."""
-    theirs, _ = hf_greedy(hf_model(hf_checkpoint(LLAMA3), torch.float32), PROMPTS[0], NEW_TOKENS)
-    logits: list[Tensor] = []
-    list(greedy_steps(compiled(LLAMA3), PROMPTS[:1], NEW_TOKENS, (), logits))
-    ours = torch.cat(logits, dim=1)[0]
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
@@ -251,9 +241,23 @@ def test_without_a_compiler_one_line_tells_what_to_install(
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
     ran = command(COMMAND, "--ckpt", hf_checkpoint(ODD), "--compile", "--prompt-ids", "1,2")
+    line = f"--compile needs a C++ compiler, {compiler or 'g++'} is not there: install g++, or set CXX"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"llama_neuron.py: error: {line}\n")
+
+
+def test_where_code_cannot_be_kept_one_line_tells_so(hf_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(hf_checkpoint(ODD) / "config.json"))
+    ran = command(COMMAND, "--ckpt", hf_checkpoint(ODD), "--compile", "--prompt-ids", "1,2")
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
-    assert ran.stderr.startswith(f"llama_neuron.py: error: --compile needs {compiler or 'g++'} and ")
-    assert ran.stderr.endswith(": install both (on Debian and Ubuntu: g++ and python3-dev), or leave it out\n")
+    assert "config.json, set TORCHINDUCTOR_CACHE_DIR: [Errno 17] File exists: " in ran.stderr
+
+
+def test_ranks_that_exchange_through_gloo_are_refused(hf_checkpoint: Callable) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, ROOT / COMMAND)
+    ran = command(*torchrun, "--ckpt", hf_checkpoint(ODD), "--compile", "--prompt-ids", "1,2")
+    assert ran.returncode != 0
+    line = "--compile needs ranks that exchange through memory: start them with --tp, without torchrun"
+    assert f"llama_neuron.py: error: {line}\n" in ran.stderr
 
 
 def test_packed_weights_are_refused(hf_checkpoint: Callable) -> None:
@@ -300,12 +304,11 @@ def test_smollm2_in_bfloat16_is_as_near_to_float32_as_hf(smollm2: tuple[Path, Pa
     assert ids.shape == (1, 500)
     with torch.inference_mode():
         truth, hfs = (hf_model(path, dtype)(ids).logits[0] for dtype in (torch.float32, torch.bfloat16))
-    model, logits = compiled_model(path, torch.bfloat16, output_logits=True, sequence_length=1024), []
+    model, logits = compiled_model(path, torch.bfloat16, length=1024), []
     last = torch.zeros(1, dtype=torch.long)
     for start, stop in [(0, 2), *((token, token + 1) for token in range(2, 500))]:  # token by token, two of them eager
         token, position = ids[0, start:stop].int()[None], torch.arange(start, stop, dtype=torch.int32)[None]
         next_tokens(model, token, position, last, logits, slots=cache_slots(stop, 1024))
-    assert counters["stats"]["unique_graphs"] == 1
     ours, theirs = divergence(truth, torch.cat(logits, dim=1)[0]), divergence(truth, hfs)
     print(f"from HF's float32 logits: compiled {ours:.3e} nats, HF in bfloat16 {theirs:.3e}")
     assert ours <= 1.1 * theirs
@@ -316,4 +319,4 @@ def test_smollm2_in_float32_has_hfs_ids(smollm2: tuple[Path, Path], all_threads:
     path = smollm2[0]
     prompt = Tokenizer.from_file(str(path / "tokenizer.json")).encode("The capital of France is").ids
     _, expected = hf_greedy(hf_model(path, torch.float32), prompt, 24)
-    assert generate(compiled_model(path, torch.float32, output_logits=False), [prompt], 24, ()) == [expected]
+    assert generate(compiled_model(path, torch.float32), [prompt], 24, ()) == [expected]

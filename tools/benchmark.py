@@ -93,7 +93,7 @@ def time_llama_neuron(case: Case, folder: Path) -> dict[str, float]:
     compiled = "compile" in case.system
     model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, packed=not compiled, **flags)
     if compiled:
-        compile_decode(model, output_logits=False)
+        compile_decode(model)
     return timed(partial(greedy_steps, model, case.prompts(model.config.vocab_size), case.new + 1, ()))
 
 
