@@ -900,16 +900,15 @@ def load_model(
     sequence_length: int | None = None,
     device: str = "cpu",
     attn: str = "eager",
-    packed: bool = True,
 ) -> LlamaForCausalLM:
     """One rank's model, from what `convert_weights.py` wrote or from an HF directory, of which it reads its slices.
 
     With tp_degree > 1 the default process group has to have as many ranks. dtype and sequence_length default to those
     of `neuron_config.json`, else to the checkpoint's dtype and 2048 or `rope_limit`. On another device than the CPU the
     model is compiled when it is called: one graph for each prefill bucket in use, and one for decoding. On a CPU that
-    has bfloat16 kernels, `greedy_steps` packs the layers' bfloat16 weights before it decodes (`pack_weights`), if
-    `packed`; `compile_decode` needs them plain. Raises UsageError for what is wrong with the files, ValueError where
-    the process group does not fit.
+    has bfloat16 kernels, the layers' bfloat16 weights are packed before the first decoding (`pack_weights`), unless
+    `compile_decode` takes them as they are. Raises UsageError for what is wrong with the files, ValueError where the
+    process group does not fit.
     """
     config = LlamaConfig.from_pretrained(ckpt)
     flags = {"tp_degree": tp_degree, "batch_size": batch_size, "sequence_length": sequence_length, "torch_dtype": dtype}
@@ -917,7 +916,7 @@ def load_model(
     if get_tensor_model_parallel_size() != tp_degree:
         raise ValueError(f"tp_degree {tp_degree}, but the process group has {get_tensor_model_parallel_size()} ranks")
     model = LlamaForCausalLM(config, neuron if device == "cpu" else neuron.with_buckets(), attn)
-    if packed and device == "cpu" and neuron.torch_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if device == "cpu" and neuron.torch_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         model.packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # mkldnn: torch's name for oneDNN
     state = dict(read_state(ckpt, config, neuron, tp_rank, apart=model.packs))
     try:
@@ -1052,31 +1051,29 @@ class Stateless(nn.Module):
         return self.call(state, inputs)
 
 
-def compile_module(
-    job: int, modules: list[nn.Module], inputs: list[tuple], files: list[Path], threads: int, scratch: str
-) -> None:
-    """Compiles one of some modules into its file, in a forked process: the memory that this takes goes with it."""
-    torch.set_num_threads(1)  # the others were not forked
-    warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
-    module, slots = modules[job], torch.export.Dim.AUTO  # of the caches and of the mask: any number
-    weights = dict(module.named_parameters())
-    # larger than the mask's two slots, which torch would take for all there are, and than one, which it would not vary
-    caches = {name: F.pad(cache, (0, 0, 0, 2)) for name, cache in module.named_buffers()}
-    shapes = {name: {2: slots} if name in caches else None for name in weights | caches}
-    shapes = shapes, tuple({3: slots} if x.dtype == torch.bool else None for x in inputs[job])
+def compile_module(number: int, jobs: list[tuple[nn.Module, tuple, Path]], scratch: str) -> None:
+    """Compiles a module for such inputs into a file, in a process of its own, with which the memory for it goes."""
+    module, inputs, file = jobs[number]
     options = {
-        # a normed row is kept, not computed again for every row of Wqkv, gate and up: 0.9 x the time for a token
+        # a normed row is kept, not computed again for every row of Wqkv, gate and up: 0.9 x the time of a token
         "realize_reads_threshold": 1,
         "realize_opcount_threshold": 8,
-        "cpp.threads": threads,
+        "cpp.threads": torch.get_num_threads(),
         "cpp.vec_isa_ok": True,  # what the CPU says of its vectors is believed, not tried in six processes
         "aot_inductor.precompile_headers": False,  # which would pay from the third file on
     }
-    package = f"{scratch}/{job}.pt2"
+    torch.set_num_threads(1)  # the other threads were not forked
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
+    weights, any_number = dict(module.named_parameters()), torch.export.Dim.AUTO
+    # of more slots than the mask's two, which torch would take for all there are, and than one, which it would not vary
+    caches = {name: F.pad(cache, (0, 0, 0, 2)) for name, cache in module.named_buffers()}
+    state_shapes = {name: {2: any_number} if name in caches else None for name in weights | caches}
+    input_shapes = tuple({3: any_number} if x.dtype == torch.bool else None for x in inputs)  # the mask
+    package, arguments = f"{scratch}/{number}.pt2", (weights | caches, inputs)
     with torch.no_grad():
-        exported = torch.export.export(Stateless(module), (weights | caches, inputs[job]), dynamic_shapes=shapes)
+        exported = torch.export.export(Stateless(module), arguments, dynamic_shapes=(state_shapes, input_shapes))
         torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
-    os.replace(package, files[job])
+    os.replace(package, file)
 
 
 def compile_decode(model: LlamaForCausalLM) -> None:
@@ -1089,9 +1086,9 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     or ranks exchange through gloo.
     """
     start = time.perf_counter()
-    config, neuron, layers = model.config, model.neuron_config, model.model.layers
-    if model.packs or layers[0].mlp.down_proj.weight.is_mkldnn:
-        raise ValueError("compile_decode reads weights as they are: load the model with packed=False")
+    config, neuron, layers, lm_head = model.config, model.neuron_config, model.model.layers, model.lm_head
+    if layers[0].mlp.down_proj.weight.is_mkldnn:
+        raise ValueError("compile_decode reads weights as they are: call it before the model has decoded anything")
     if neuron.tp_degree > 1 and not SharedMemory.joined:
         # compiled code holds Python's lock while it waits for gloo, whose threads wait for that lock
         raise ValueError("compile_decode needs ranks that exchange through memory: start them with start_ranks")
@@ -1099,26 +1096,26 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     position_ids = torch.zeros(neuron.batch_size, 1, dtype=torch.int32)  # B 1
     cos, sin = (table[:, None] for table in model.model.rotary_emb(x, position_ids))  # B 1 1 D
     mask = torch.ones(neuron.batch_size, 1, model.model.groups, 2, dtype=torch.bool)  # B 1 G S
-    threads, folder = torch.get_num_threads(), os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")
-    machine = torch.__version__, sorted(torch.cpu.get_capabilities().items()), threads
+    machine = torch.__version__, sorted(torch.cpu.get_capabilities().items()), torch.get_num_threads()
     name = digest(asdict(config), asdict(replace(neuron, sequence_length=1)), *machine)
-    files = [Path(folder).expanduser() / f"decode-{name}-{module}.pt2" for module in ("layer", "lm_head")]
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")).expanduser()
+    files = [folder / f"decode-{name}-{module}.pt2" for module in ("layer", "lm_head")]
     if model.rank_util.get_rank() == 0 and not all(file.exists() for file in files):
-        job = [layers[0], model.lm_head], [(x, cos, sin, mask, position_ids), (x,)], files, threads
+        jobs = [(layers[0], (x, cos, sin, mask, position_ids), files[0]), (lm_head, (x,), files[1])]
         try:
-            files[0].parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=files[0].parent) as scratch:
-                mp.start_processes(compile_module, (*job, scratch), nprocs=len(files), start_method="fork")
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                mp.start_processes(compile_module, (jobs, scratch), nprocs=len(jobs), start_method="fork")
         except OSError as error:
             raise UsageError(f"--compile keeps code in {folder}, set TORCHINDUCTOR_CACHE_DIR: {error}") from None
     if neuron.tp_degree > 1:
         dist.barrier()
     # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-    layer, lm_head = (torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1).run for file in files)
-    for module, code in [*((module, layer) for module in layers), (model.lm_head, lm_head)]:
+    codes = [torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1).run for file in files]
+    for module in (*layers, lm_head):
         state = [*module.parameters(), *module.buffers()]
-        module.forward = partial(compiled_forward, code, state, x.shape, module.forward)
-    model.compile_s = time.perf_counter() - start
+        module.forward = partial(compiled_forward, codes[module is lm_head], state, x.shape, module.forward)
+    model.packs, model.compile_s = False, time.perf_counter() - start
 
 
 def compiled_forward(
@@ -1420,7 +1417,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         flags = {"dtype": DTYPES.get(args.dtype), "sequence_length": args.sequence_length, "device": args.device}
         flags |= {"tp_degree": args.tp, "batch_size": args.batch_size, "attn": args.attn}
-        model = load_model(args.ckpt, tp_rank=rank, packed=not args.compile, **flags)
+        model = load_model(args.ckpt, tp_rank=rank, **flags)
         if args.compile:
             compile_decode(model)
     if args.why and rank == 0 and not args.json:
@@ -1600,6 +1597,5 @@ def exit_on_usage_error(command: Callable[[], None]) -> None:
 
 if __name__ == "__main__":
     sys.modules["llama_neuron"] = sys.modules["__main__"]  # convert_weights imports this file: not a second time
-    gc.disable()  # it would look through all that torch imports and traces, and find nothing: 0.7 s with --compile
     exit_on_usage_error(main)
-    gc.freeze()  # and once more at exit: 0.9 s with --compile, 0.2 s without
+    gc.freeze()  # at exit Python would look through all that torch imports: 0.3 s

@@ -318,9 +318,8 @@ def test_bfloat16_has_hfs_bits(family: str, prompt_length: int, batch: int, hf_c
 
 def test_packing_changes_the_layout_of_a_weight_and_no_bit(hf_checkpoint: Callable) -> None:
     path = hf_checkpoint("odd sizes")
-    model, plain = load_model(path, dtype=torch.bfloat16), load_model(path, dtype=torch.bfloat16, packed=False)
-    for model_or_plain in (model, plain):
-        generate(model_or_plain, PROMPTS[:1], 2, ())
+    model, plain = load_model(path, dtype=torch.bfloat16), load_model(path, dtype=torch.bfloat16)
+    generate(model, PROMPTS[:1], 2, ())
     packed = dict(model.named_parameters())
     for name, weight in plain.named_parameters():
         linear = name.startswith("model.layers.") and weight.dim() == 2

@@ -59,7 +59,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def compiled_model(path: Path, dtype: torch.dtype, batch_size: int = 1, length: int = LENGTH) -> LlamaForCausalLM:
     """As `--compile` makes it."""
-    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=length, packed=False)
+    model = load_model(path, dtype=dtype, batch_size=batch_size, sequence_length=length)
     compile_decode(model)
     return model
 
@@ -105,7 +105,7 @@ RUN_KEPT = """
 import sys, torch
 from llama_neuron import compile_decode, generate, load_model
 torch.set_num_threads(1)
-model = load_model(sys.argv[1], dtype=torch.float32, packed=False)
+model = load_model(sys.argv[1], dtype=torch.float32)
 compile_decode(model)
 print(generate(model, [[7]], int(sys.argv[2]), ()), "torch._inductor" in sys.modules)
 """
@@ -264,10 +264,9 @@ def test_packed_weights_are_refused(hf_checkpoint: Callable) -> None:
     model = load_model(hf_checkpoint(ODD), dtype=torch.bfloat16)
     if not model.packs:
         pytest.skip("oneDNN has no bfloat16 kernels for this CPU")
-    for _ in range(2):  # packed when it decodes, and then packed
-        with pytest.raises(ValueError, match="load the model with packed=False"):
-            compile_decode(model)
-        generate(model, [[1, 2]], 2, ())
+    generate(model, [[1, 2]], 2, ())
+    with pytest.raises(ValueError, match="call it before the model has decoded anything"):
+        compile_decode(model)
 
 
 def test_an_older_torch_is_refused(hf_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

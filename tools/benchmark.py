@@ -90,9 +90,8 @@ def time_llama_neuron(case: Case, folder: Path) -> dict[str, float]:
     rank = dist.get_rank() if dist.is_initialized() else 0
     flags = {"tp_degree": case.tp, "tp_rank": rank, "batch_size": case.batch, "sequence_length": case.cache}
     attn = "sdpa" if "sdpa" in case.system else "eager"
-    compiled = "compile" in case.system
-    model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, packed=not compiled, **flags)
-    if compiled:
+    model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, **flags)
+    if "compile" in case.system:
         compile_decode(model)
     return timed(partial(greedy_steps, model, case.prompts(model.config.vocab_size), case.new + 1, ()))
 
