@@ -321,6 +321,15 @@ print(model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, 
 """
 
 
+CONVERSION = """
+import time
+import convert_weights
+start = time.perf_counter()
+convert_weights.main()
+print(time.perf_counter() - start)
+"""
+
+
 def run_processes(hf: Path, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Samples of what only a whole process shows, by name; seconds, bytes, or bytes a second."""
     config, ckpt = LlamaConfig.from_pretrained(hf), folder / "bfloat16-tp1"
@@ -353,11 +362,14 @@ def run_processes(hf: Path, folder: Path, rounds: int) -> dict[str, list[float]]
                 note(f"--compile {state}, whole process, s", wall)
             note("peak memory over weights and cache, --compile, MB", peak(answer) / 1e6)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            convert = [sys.executable, "convert_weights.py", "--hf", hf, "--dtype", "bfloat16"]
             for tp in (1, 2):
-                out = Path(scratch, f"tp{tp}")
-                wall, _ = seconds_of([*convert, "--out", out, "--tp", str(tp)])
-                note(f"conversion, tp {tp}, GB/s", size_of(out) / wall / 1e9)
+                flags = ["--hf", hf, "--dtype", "bfloat16", "--tp", str(tp), "--out", Path(scratch, f"whole{tp}")]
+                wall, _ = seconds_of([sys.executable, "convert_weights.py", *flags])
+                written = size_of(flags[-1]) / 1e9
+                note(f"conversion, tp {tp}, GB/s", written / wall)
+                flags[-1] = Path(scratch, f"own{tp}")
+                _, own = seconds_of([sys.executable, "-c", CONVERSION, *flags])
+                note(f"conversion without imports, tp {tp}, GB/s", written / float(own))
             wall, _ = seconds_of(["cp", "-r", hf, Path(scratch, "copy")])
             note("cp -r, GB/s", size_of(Path(scratch, "copy")) / wall / 1e9)
     return found
@@ -400,7 +412,7 @@ def process_table(found: dict[str, list[float]]) -> str:
         what, _, unit = name.rpartition(", ")
         lines.append(f"| {what} | {spread(values, '.2f')} {unit} |")
     pairs = [("first token, llama_neuron, s", "first token, HF, s")]
-    pairs += [(f"conversion, tp {tp}, GB/s", "cp -r, GB/s") for tp in (1, 2)]
+    pairs += [(name, "cp -r, GB/s") for name in found if name.startswith("conversion")]
     for one, other in pairs:
         ratio = median(a / b for a, b in zip(found[one], found[other], strict=True))
         lines.append(f"| {one.rpartition(', ')[0]} / {other.rpartition(', ')[0]} | {ratio:.2f} |")
