@@ -1061,6 +1061,7 @@ def compile_module(number: int, jobs: list[tuple[nn.Module, tuple, Path]], scrat
         "cpp.threads": torch.get_num_threads(),
         "cpp.vec_isa_ok": True,  # what the CPU says of its vectors is believed, not tried in six processes
         "aot_inductor.precompile_headers": False,  # which would pay from the third file on
+        "aot_inductor.output_path": scratch,
     }
     torch.set_num_threads(1)  # the other threads were not forked
     warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
@@ -1069,11 +1070,13 @@ def compile_module(number: int, jobs: list[tuple[nn.Module, tuple, Path]], scrat
     caches = {name: F.pad(cache, (0, 0, 0, 2)) for name, cache in module.named_buffers()}
     state_shapes = {name: {2: any_number} if name in caches else None for name in weights | caches}
     input_shapes = tuple({3: any_number} if x.dtype == torch.bool else None for x in inputs)  # the mask
-    package, arguments = f"{scratch}/{number}.pt2", (weights | caches, inputs)
+    arguments = weights | caches, inputs
     with torch.no_grad():
         exported = torch.export.export(Stateless(module), arguments, dynamic_shapes=(state_shapes, input_shapes))
-        torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
-    os.replace(package, file)
+        made = Path(torch._inductor.aot_compile(exported.module(), arguments, options=options))
+    if made.with_suffix(".json").exists():  # of the ops in it that are not torch's: `exchange`
+        os.replace(made.with_suffix(".json"), file.with_suffix(".json"))
+    os.replace(made, file)  # the last: where it is, all is
 
 
 def compile_decode(model: LlamaForCausalLM) -> None:
@@ -1099,7 +1102,7 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     machine = torch.__version__, sorted(torch.cpu.get_capabilities().items()), torch.get_num_threads()
     name = digest(asdict(config), asdict(replace(neuron, sequence_length=1)), *machine)
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")).expanduser()
-    files = [folder / f"decode-{name}-{module}.pt2" for module in ("layer", "lm_head")]
+    files = [folder / f"decode-{name}-{module}.so" for module in ("layer", "lm_head")]
     if model.rank_util.get_rank() == 0 and not all(file.exists() for file in files):
         jobs = [(layers[0], (x, cos, sin, mask, position_ids), files[0]), (lm_head, (x,), files[1])]
         try:
@@ -1111,7 +1114,7 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     if neuron.tp_degree > 1:
         dist.barrier()
     # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-    codes = [torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1).run for file in files]
+    codes = [torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1).run for file in files]
     for module in (*layers, lm_head):
         state = [*module.parameters(), *module.buffers()]
         module.forward = partial(compiled_forward, codes[module is lm_head], state, x.shape, module.forward)

@@ -96,9 +96,9 @@ def test_one_code_serves_every_length_of_text_and_cache(
     assert {len(cache_slots(tokens, length)) for tokens in (prompt, prompt + new)} == {*buckets}
     _, expected = hf_greedy(hf_model(path, torch.float32), ids, new)
     compiled_model(path, torch.float32)
-    files = sorted(code.glob("*.pt2"))
+    files = sorted(code.glob("*.so"))
     assert generate(compiled_model(path, torch.float32, length=length), [ids], new, ()) == [expected]
-    assert sorted(code.glob("*.pt2")) == files
+    assert sorted(code.glob("*.so")) == files
 
 
 RUN_KEPT = """
