@@ -1313,7 +1313,7 @@ def parse_args() -> argparse.Namespace:
     add("--sequence-length", type=positive, metavar="S", help="prompt and new tokens (default: as converted, or 2048)")
     add("--dtype", choices=DTYPES, help="default: as converted, else the checkpoint's")
     add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
-    add("--compile", action="store_true", help="on a CPU: decode with torch.compile, several times as fast")
+    add("--compile", action="store_true", help="on a CPU: decode by Inductor's code, several times as fast")
     add("--backend", choices=("auto", "torch", "nxd"), default="auto", help="default: by what is installed, else torch")
     add("--device", choices=("cpu", "neuron"), help="default: neuron where its packages are installed, else cpu")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
