@@ -1096,6 +1096,8 @@ def compile_decode(model: LlamaForCausalLM) -> None:
         # compiled code holds Python's lock while it waits for gloo, whose threads wait for that lock
         raise ValueError("compile_decode needs ranks that exchange through memory: start them with start_ranks")
     x = torch.zeros(neuron.batch_size, 1, config.hidden_size, dtype=neuron.torch_dtype)  # B 1 E
+    # lm_head gets one row in float32, and gives what it adds up: rounding the logits would double the divergence
+    head_x = x.float() if neuron.batch_size == 1 else x
     position_ids = torch.zeros(neuron.batch_size, 1, dtype=torch.int32)  # B 1
     cos, sin = (table[:, None] for table in model.model.rotary_emb(x, position_ids))  # B 1 1 D
     mask = torch.ones(neuron.batch_size, 1, model.model.groups, 2, dtype=torch.bool)  # B 1 G S
@@ -1104,7 +1106,7 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")).expanduser()
     files = [folder / f"decode-{name}-{module}.so" for module in ("layer", "lm_head")]
     if model.rank_util.get_rank() == 0 and not all(file.exists() for file in files):
-        jobs = [(layers[0], (x, cos, sin, mask, position_ids), files[0]), (lm_head, (x,), files[1])]
+        jobs = [(layers[0], (x, cos, sin, mask, position_ids), files[0]), (lm_head, (head_x,), files[1])]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -1114,20 +1116,20 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     if neuron.tp_degree > 1:
         dist.barrier()
     # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-    codes = [torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1).run for file in files]
-    for module in (*layers, lm_head):
+    layer_code, head_code = (torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1).run for file in files)
+    for module, code, one in (*((layer, layer_code, x) for layer in layers), (lm_head, head_code, head_x)):
         state = [*module.parameters(), *module.buffers()]
-        module.forward = partial(compiled_forward, codes[module is lm_head], state, x.shape, module.forward)
+        module.forward = partial(compiled_forward, code, state, one, module.forward)
     model.packs, model.compile_s = False, time.perf_counter() - start
 
 
 def compiled_forward(
-    code: Callable, state: list[Tensor], one: torch.Size, eager: Callable, x: Tensor, *inputs: Tensor
+    code: Callable, state: list[Tensor], one: Tensor, eager: Callable, x: Tensor, *inputs: Tensor
 ) -> Tensor:
     """What a module's forward becomes: compiled where x has one token of each row, [B,1,E] or [B,E], else as it was."""
     if x.numel() > one.numel():
         return eager(x, *inputs)
-    return code([*state, x.view(one), *inputs])[0].view(*x.shape[:-1], -1)
+    return code([*state, x.to(one.dtype).view(one.shape), *inputs])[0].view(*x.shape[:-1], -1)
 
 
 def choose_backend(args: argparse.Namespace) -> None:

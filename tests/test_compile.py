@@ -160,6 +160,18 @@ def test_logits_are_hfs(family: str, prompts: list[list[int]], hf_checkpoint: Ca
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
 
 
+def test_a_batch_in_bfloat16_is_as_near_to_float32_as_hf(hf_checkpoint: Callable) -> None:
+    path = hf_checkpoint(LLAMA3)
+    ids = torch.tensor([random_prompt(20)[:10], random_prompt(20)[10:]])
+    with torch.inference_mode():
+        truth, hfs = (hf_model(path, dtype)(ids).logits.float() for dtype in (torch.float32, torch.bfloat16))
+        model, logits = compiled_model(path, torch.bfloat16, batch_size=2), []
+        for token in range(ids.shape[1]):
+            at = torch.full((2, 1), token, dtype=torch.int32)
+            logits.append(model(ids[:, token : token + 1].int(), at, slots=cache_slots(token + 1, LENGTH)))
+    assert (torch.cat(logits, dim=1) - truth).abs().mean() < 1.1 * (hfs - truth).abs().mean()
+
+
 # ------------------------------------------------------------------------------------------------------------- ranks
 
 
