@@ -79,25 +79,24 @@ def test_ids_are_hfs(family: str, hf_checkpoint: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "length", "buckets"),
+    ("prompt", "limit", "length", "buckets"),
     [
-        (1, LENGTH, [1, 128]),  # a prompt of one token is read by the compiled layer
-        (120, LENGTH, [128, 256]),  # a text that outgrows its bucket
-        (250, LENGTH, [256, LENGTH]),  # and fills the cache
-        (40, 64, [64]),  # which is smaller than any bucket
-        (1, 3, [1, 3]),  # or than the example that was compiled
+        (1, NEW_TOKENS, LENGTH, [1, 128]),  # a prompt of one token is read by the compiled layer
+        (120, 20, LENGTH, [128, 256]),  # a text that outgrows its bucket
+        (250, 999, LENGTH, [256, LENGTH]),  # and fills the cache
+        (40, 99, 64, [64]),  # which is smaller than any bucket
+        (1, 99, 3, [1, 3]),  # or than the example that was compiled
     ],
 )
 def test_one_code_serves_every_length_of_text_and_cache(
-    prompt: int, length: int, buckets: list[int], hf_checkpoint: Callable, code: Path
+    prompt: int, limit: int, length: int, buckets: list[int], hf_checkpoint: Callable, code: Path
 ) -> None:
-    path, ids = hf_checkpoint(LLAMA3), random_prompt(prompt)
-    new = min(NEW_TOKENS, length - prompt) if prompt < 250 else length - prompt
+    path, ids, new = hf_checkpoint(LLAMA3), random_prompt(prompt), min(limit, length - prompt)
     assert {len(cache_slots(tokens, length)) for tokens in (prompt, prompt + new)} == {*buckets}
     _, expected = hf_greedy(hf_model(path, torch.float32), ids, new)
     compiled_model(path, torch.float32)
     files = sorted(code.glob("*.so"))
-    assert generate(compiled_model(path, torch.float32, length=length), [ids], new, ()) == [expected]
+    assert generate(compiled_model(path, torch.float32, length=length), [ids], limit, ()) == [expected]
     assert sorted(code.glob("*.so")) == files
 
 
