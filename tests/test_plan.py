@@ -1,8 +1,4 @@
-"""`--plan` against figures worked out by hand, and against the shards that the converter writes.
-
-The parameter counts of the three models are those of their published checkpoints; what a rank holds is added up below
-from the shapes of the model cards. All in bfloat16, two bytes a number.
-"""
+"""`python -m tools.plan`: figures worked out by hand, and shards counted that the converter writes."""
 
 import json
 import sys
@@ -12,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert_weights import convert, expected_shapes
-from llama_neuron import LlamaConfig, NeuronConfig, exit_on_usage_error, main, plan, shard_path
+from convert_weights import convert, expected_shapes, llama_config, read_config
+from llama_neuron import NeuronConfig, run_command, shard_path
+from tools.plan import main, plan, sharding_strategy
 
 LLAMA3 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "torch_dtype": "bfloat16"}
+LLAMA3 |= {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 SIZES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -25,15 +23,20 @@ PARAMETERS = {"8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_80
 
 
 def write_config(folder: Path, **settings: object) -> Path:
-    (folder / "config.json").write_text(json.dumps(LLAMA3 | {"num_key_value_heads": 8} | settings))
+    (folder / "config.json").write_text(json.dumps(LLAMA3 | settings))
     return folder
 
 
-def planned(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[dict]:
-    """What the command prints for `--plan --json`."""
-    monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--plan", "--json", *map(str, arguments)])
-    exit_on_usage_error(main)
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Runs `python -m tools.plan` with these arguments and returns what it prints."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
+        run_command(main)
+        return capsys.readouterr().out
+
+    return run
 
 
 # a layer of one rank: Wqkv and o_proj, then gate, up and down, then two norms
@@ -110,61 +113,169 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("size, tp", BY_HAND)
-def test_plan_is_what_is_worked_out_by_hand(size, tp, tmp_path, capsys, monkeypatch):
-    folder = write_config(tmp_path, **SIZES[size], max_position_embeddings=131072)
-    one, row = planned(capsys, monkeypatch, "--ckpt", folder, "--tp", f"1,{tp}", "--sequence-length", 8192)
+def test_a_plan_is_what_is_worked_out_by_hand(size, tp, tmp_path, command):
+    folder = write_config(tmp_path, **SIZES[size])
+    one, row = json.loads(command("--hf", folder, "--tp", f"1,{tp}", "--sequence-length", 8192, "--json"))
     assert one["weight_bytes"] == 2 * PARAMETERS[size]
-    assert row == {"tp_degree": tp, "strategy": "REPLICATE_TO_TP_DEGREE"} | BY_HAND[size, tp]
+    assert {key: row[key] for key in BY_HAND[size, tp]} == BY_HAND[size, tp]
+    assert (row["tp_degree"], row["strategy"]) == (tp, "REPLICATE_TO_TP_DEGREE")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("vocab_parallel", [False, True], ids=["hidden", "vocabulary"])
 @pytest.mark.parametrize("heads, kv_heads", [(6, 2), (9, 3), (6, 3)])
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
-def test_plan_counts_what_the_converter_writes(tp, heads, kv_heads, vocab_parallel, tied, tmp_path):
-    """Weights from the files; zeros and copies from the values in them, none of which are zero or alike at first."""
+def test_a_plan_counts_what_the_converter_writes(tp, heads, kv_heads, vocab_parallel, tied, tmp_path):
+    """Weights from the files; padding and copies from the values in them, none of which are zero or alike at first."""
     settings = {"hidden_size": 10, "head_dim": 4, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     settings |= {"vocab_size": 13, "intermediate_size": 11, "num_hidden_layers": 2, "tie_word_embeddings": tied}
-    config = LlamaConfig.from_pretrained(write_config(tmp_path, **settings, attention_bias=True, torch_dtype="float32"))
+    folder = write_config(tmp_path, **settings, attention_bias=True, mlp_bias=True, torch_dtype="float32")
+    config = llama_config(read_config(folder))
     tensors, first = {}, 1
     for name, shape in expected_shapes(config).items():
         count = torch.Size(shape).numel()
         tensors[name] = torch.arange(first, first + count, dtype=torch.float32).view(shape)
         first += count
-    save_file(tensors, tmp_path / "model.safetensors")
-    flags = {"tp_degree": tp, "torch_dtype": torch.float32, "vocab_parallel": vocab_parallel, "sequence_length": 64}
-    neuron = NeuronConfig.for_checkpoint(tmp_path, config, **flags)
-    convert(tmp_path, tmp_path / "out", config, neuron)
+    save_file(tensors, folder / "model.safetensors")
+    convert(folder, tmp_path / "out", tp_degree=tp, vocab_parallel=vocab_parallel)
     shards = [load_file(shard_path(tmp_path / "out", rank)) for rank in range(tp)]
     numbers = [torch.cat([t.flatten() for t in shard.values() if t.is_floating_point()]) for shard in shards]
     everything = torch.cat(numbers)
-    zeros = int((everything == 0).sum())
-    row = plan(config, neuron)
+    padded = (everything == 0) | (everything == torch.finfo(torch.float32).min)  # NxD's padding of gate and up biases
+    padding = int(padded.sum())
+    row = plan(config, NeuronConfig.from_pretrained(tmp_path / "out"))
     assert {4 * len(rank) for rank in numbers} == {row["weight_bytes"]}
-    assert row["padding_bytes"] == 4 * zeros
-    assert row["replicated_bytes"] == 4 * (len(everything) - zeros - len(everything[everything != 0].unique()))
-    assert row["strategy"] == ("CONVERT_TO_MHA" if tp % kv_heads else "REPLICATE_TO_TP_DEGREE")
+    assert row["padding_bytes"] == 4 * padding
+    assert row["replicated_bytes"] == 4 * (len(everything) - padding - len(everything[~padded].unique()))
 
 
-def test_plan_as_text_has_a_line_for_every_degree_and_needs_no_weights(tmp_path, capsys, monkeypatch):
-    folder = write_config(tmp_path, **SIZES["8B"])
-    monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--ckpt", str(folder), "--plan"])
-    exit_on_usage_error(main)
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["1", "2", "4", "8", "16", "24", "32", "64"]
-    assert head.endswith("trn1 16 GB        inf2 16 GB        trn2 24 GB")
-    # 16.06 GB of weights; at tp 2 half of that; Trn1 has no collectives for 4 ranks, Inf2 none for 16
-    assert lines[0].split()[-5:] == ["too", "large", "too", "large", "fits"]
-    everywhere = ["fits"] * 3
-    fits = [line.split()[-3:] for line in lines[1:5]]
-    assert fits == [everywhere, ["-", "fits", "fits"], everywhere, ["fits", "-", "fits"]]
-    assert len({len(line) for line in [head, *lines]}) == 1
+def test_strategies_have_the_names_of_nxd_unless_those_mislead(tmp_path, command):
+    # Llama-3-8B has 8 KV heads: 1, 2 and 4 divide them, 8 to 64 are multiples of them, 6 is neither
+    rows = json.loads(command("--hf", write_config(tmp_path, **SIZES["8B"]), "--tp", "1,2,4,6,8,16,24", "--json"))
+    assert {row["tp_degree"]: row["strategy"] for row in rows} == {
+        1: "EVEN_SPLIT",
+        2: "EVEN_SPLIT",
+        4: "EVEN_SPLIT",
+        6: "CONVERT_TO_MHA",
+        8: "REPLICATE_TO_TP_DEGREE",
+        16: "REPLICATE_TO_TP_DEGREE",
+        24: "REPLICATE_TO_TP_DEGREE",
+    }
+    for row in rows[:3]:
+        # nothing but the norms is copied: (tp - 1) * (32 * 2 + 1) of 4096 numbers
+        assert row["replicated_bytes"] == 2 * (row["tp_degree"] - 1) * 65 * 4096
+        assert row["padding_bytes"] == row["zero_heads"] == 0
+    # 32 query heads on 6 ranks: each rank has 6 of 36, with a KV head each; 4 query and 4 KV heads are zeros
+    assert (rows[3]["query_heads"], rows[3]["kv_heads"], rows[3]["zero_heads"]) == (6, 6, 8)
+    # SmolLM2-135M has 3 KV heads
+    assert sharding_strategy(3, 2) == sharding_strategy(3, 4) == "CONVERT_TO_MHA"
 
 
-def test_more_than_one_degree_is_for_plans_only(tmp_path, capsys, monkeypatch):
-    folder = write_config(tmp_path, **SIZES["8B"])
-    monkeypatch.setattr(sys, "argv", ["llama_neuron.py", "--ckpt", str(folder), "--tp", "2,4"])
+def test_without_tp_all_degrees_are_planned_that_an_instance_has_collectives_for(tmp_path, command):
+    rows = json.loads(command("--hf", write_config(tmp_path, **SIZES["70B"]), "--json"))
+    assert [row["tp_degree"] for row in rows] == [1, 2, 4, 8, 16, 24, 32, 64]
+    # 141 GB of weights: 70.6, 35.3, 17.6, 9.0, 6.2 (with copies of KV heads), 4.7 and 2.5 GB a rank
+    fitting = {name: [row["tp_degree"] for row in rows if row["fits"][name]] for name in ("trn1", "inf2", "trn2")}
+    assert fitting == {"trn1": [16, 32], "inf2": [24], "trn2": [8, 16, 32, 64]}
+    missing = {name: [row["tp_degree"] for row in rows if row["fits"][name] is None] for name in fitting}
+    assert missing == {"trn1": [4, 24, 64], "inf2": [16, 32, 64], "trn2": [24]}
+
+
+def test_a_plan_says_what_length_and_batch_cost_and_how_far_they_go(tmp_path, command):
+    folder = write_config(tmp_path, **SIZES["70B"])
+    arguments = ("--hf", folder, "--tp", 8, "--sequence-length", 8192, "--json")
+    # a token of one row: K and V of 80 layers, 1 head of 128, 2 bytes each
+    token = 2 * 80 * 128 * 2  # 40,960
+    # 24 GB of trn2 less 17,640,734,720 bytes of weights leave 6,359,265,280; the weights alone exceed trn1 and inf2
+    (row,) = json.loads(command(*arguments))
+    assert row["kv_cache_bytes_per_1000_tokens"] == 1000 * token
+    assert row["kv_cache_bytes_per_row"] == 8192 * token  # 335,544,320
+    assert row["largest_batch"] == {"trn1": 0, "inf2": 0, "trn2": 18}  # 18.95
+    assert row["longest_sequence"] == {
+        "trn1": 0,
+        "inf2": 0,
+        "trn2": 131_072,
+    }  # memory for 155,255, the model ends before
+    (row,) = json.loads(command(*arguments, "--batch-size", 16))
+    assert row["kv_cache_bytes"] == 16 * 8192 * token
+    assert row["kv_cache_bytes_per_1000_tokens"] == 16_000 * token
+    assert row["kv_cache_bytes_per_row"] == 8192 * token
+    assert row["largest_batch"]["trn2"] == 18
+    assert row["longest_sequence"]["trn2"] == 9_703  # 155,255 / 16
+    assert row["fits"]["trn2"]
+    # at these limits it still fits, one step further it does not
+    for flag, last in (("--sequence-length", 9_703), ("--batch-size", 18)):
+        for value, fits in ((last, True), (last + 1, False)):
+            (row,) = json.loads(command(*arguments, "--batch-size", 16, flag, value))
+            assert row["fits"]["trn2"] == fits
+
+
+def test_a_longer_text_than_the_frequencies_hold_for_is_neither_planned_nor_accepted(tmp_path, command, capsys):
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    folder = write_config(tmp_path, **SIZES["8B"], rope_scaling=rope, max_position_embeddings=1024)
+    (row,) = json.loads(command("--hf", folder, "--tp", 8, "--json"))
+    assert row["kv_cache_bytes"] == row["kv_cache_bytes_per_row"] == 1024 * 2 * 32 * 128 * 2
+    assert row["longest_sequence"]["trn2"] == 1024
     with pytest.raises(SystemExit) as stop:
-        exit_on_usage_error(main)
+        command("--hf", folder, "--sequence-length", 1025)
     assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "--sequence-length 1025" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("float16", 2), (None, 2)])
+def test_weights_and_cache_have_the_dtype_of_the_config_or_bfloat16(dtype, size, tmp_path, command):
+    folder = write_config(tmp_path, **SIZES["8B"], torch_dtype=dtype)
+    (row,) = json.loads(command("--hf", folder, "--tp", 1, "--json"))
+    assert row["weight_bytes"] == size * PARAMETERS["8B"]
+    assert row["kv_cache_bytes"] == 2048 * 2 * 32 * 8 * 128 * size
+    assert command("--hf", folder, "--tp", 1).startswith(
+        f"In {dtype or 'bfloat16'}, batch_size 1, sequence_length 2,048."
+    )
+
+
+def test_a_plan_as_text_fits_120_columns_and_answers_the_three_questions(tmp_path, command):
+    folder = write_config(tmp_path, **SIZES["405B"])
+    lines = command("--hf", folder, "--sequence-length", 8192, "--batch-size", 4).splitlines()
+    assert max(map(len, lines)) <= 120
+    needs, costs = (index for index, line in enumerate(lines) if line.split()[:1] == ["tp"])
+    for table in (lines[needs : needs + 9], lines[costs : costs + 9]):
+        assert [line.split()[0] for line in table[1:]] == ["1", "2", "4", "8", "16", "24", "32", "64"]
+        assert len({len(line) for line in table}) == 1
+    # what it takes: the figures of 405B at tp 64 above, and 4 * 2 * 2 * 126 * 8192 * 128 bytes of cache
+    figures = "13.616 GB 2.114 GB 59.712 GB 0.000 GB"
+    assert " ".join(lines[needs + 8].split()) == f"64 REPLICATE_TO_TP_DEGREE 2 1 0 {figures} trn2"
+    # which degrees: 25.6 GB a rank at tp 32 are too much even for trn2
+    assert "  trn1, 16 GB a rank: none" in lines
+    assert "  trn2, 24 GB a rank: 64" in lines
+    # what more costs: a token takes 126 * 2 * 128 * 2 = 64,512 bytes in each of 4 rows, a row 8192 times as many;
+    # 24,000,000,000 - 13,615,923,200 bytes of room are 40,240 times the former and 19 times the latter
+    assert " ".join(lines[costs + 8].split()) == "64 258.0 MB 528.5 MB - - 40,240 - - 19"
+    assert "Activations, compiled graphs and the runtime need memory too" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--tp", "8,0"], "--tp"),
+        (["--tp", "all"], "--tp"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--sequence-length", "8k"], "--sequence-length"),
+        (["--hf", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(arguments, named, tmp_path, command, capsys):
+    folder = write_config(tmp_path, **SIZES["8B"])
+    with pytest.raises(SystemExit) as stop:
+        command("--hf", folder, *arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert named in error
+
+
+def test_a_config_that_is_no_llama_ends_in_one_line_and_code_2(tmp_path, command, capsys):
+    folder = write_config(tmp_path, **SIZES["8B"] | {"hidden_size": "4096"})
+    with pytest.raises(SystemExit) as stop:
+        command("--hf", folder)
+    assert stop.value.code == 2
+    assert "hidden_size" in capsys.readouterr().err

