@@ -141,7 +141,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hf_model(path: Path, dtype: torch.dtype):
     import transformers
 
-    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
 @torch.inference_mode()

@@ -308,7 +308,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         writer(temporary)
         os.replace(temporary, path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -326,6 +326,7 @@ def convert(hf: str | Path, out: str | Path, dtype: str | None = None, sequence_
     hf, out = Path(hf), Path(out)
     require(not (hf / "neuron_config.json").exists(), f"--hf {hf} is converted already: name the HF checkpoint")
     require(out.resolve() != hf.resolve(), f"--out {out} is the HF directory itself: name another one")
+    require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a directory")
     config = read_config(hf)
     limit, rope, positions = length_limit(config), config["rope_parameters"], config["max_position_embeddings"]
     length = sequence_length or min(2048, positions, limit or 2048)
@@ -333,7 +334,8 @@ def convert(hf: str | Path, out: str | Path, dtype: str | None = None, sequence_
         fits = length <= config.get(key, length)
         require(fits, f"{hf}/config.json: {key} is not supported, use --sequence-length {limit} or less")
     buckets = settings.get("context_encoding_buckets") or [1]
-    require(max(buckets) <= length, f"--buckets {buckets} must not exceed --sequence-length {length}")
+    fits = 0 < min(buckets) <= max(buckets) <= length
+    require(fits, f"--buckets {buckets} must be from 1 to --sequence-length {length}")
     checkpoint = open_checkpoint(hf, llama_config(config))
     first = checkpoint.get(next(iter(checkpoint.slices)), stop=1)  # HF takes its dtype if config.json names none
     config["dtype"] = config["torch_dtype"] = config.get("dtype") or str(first.dtype).removeprefix("torch.")
@@ -353,7 +355,10 @@ def convert(hf: str | Path, out: str | Path, dtype: str | None = None, sequence_
     for pattern in ("neuron_config.json", *WRITTEN, "tp*_sharded_checkpoint.safetensors", "nxd-*.pt"):
         for stale in out.glob(pattern):
             stale.unlink()
-    save_tokenizer(out)
+    try:
+        save_tokenizer(out)
+    except Exception as error:  # tokenizers raises no other class
+        raise OSError(f"{out}: the tokenizer cannot be written: {error}") from None
     write(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     if (hf / "generation_config.json").exists():
         write(out / "generation_config.json", lambda path: shutil.copyfile(hf / "generation_config.json", path))

@@ -138,8 +138,7 @@ class RotaryEmbedding(nn.Module):
     """Beside HF's `LlamaRotaryEmbedding` (Su et al. 2021, arXiv:2104.09864): cos and sin of position * inv_freq, in
     float32, with inv_freq[i] = theta^(-2i/D), changed as the rope_type says.
 
-    Differs: the frequencies never change, since a graph has one set. Those of yarn, longrope and dynamic, and their
-    scaling, come with the shard.
+    Differs: they never change, since a graph has one set. Those of yarn, longrope and dynamic come with the shard.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -226,8 +225,8 @@ class NeuronKVCache(KVCache):
 def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """HF's `eager_attention_forward`, op by op: q [B,H,T,D], k and v [B,K,S,D], mask [B,T,S] -> [B,H,T,D].
 
-    Differs: query heads that share a KV head lie side by side, where HF copies k and v G times (`repeat_kv`). Masked
-    scores become -1e9, where HF adds finfo.min. Why: exp() near the end of bfloat16's range gives NaN on Neuron.
+    Differs: query heads of a KV head lie side by side, where HF copies k and v G times (`repeat_kv`). Masked scores
+    become -1e9, where HF adds finfo.min. Why: exp() near the end of bfloat16's range gives NaN on Neuron.
     """
     B, K, S, D = k.shape
     hidden = max(-1e9, torch.finfo(q.dtype).min / 2)  # float16 ends at -65504
@@ -254,7 +253,7 @@ def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scali
     for start in range(0, S, 512):
         block = slice(start, start + 512)
         scores = torch.matmul(queries, k[:, :, block].float().transpose(2, 3))  # B K G*T 512
-        scores = scores.unflatten(2, (-1, q.shape[2]))
+        scores = scores.unflatten(2, (-1, q.shape[2]))  # B K G T 512
         scores = torch.where(mask[:, None, None, :, block], scores, -1e9).flatten(2, 3)
         larger = torch.maximum(largest, scores.amax(-1, keepdim=True))
         shrink, weights = torch.exp(largest - larger), torch.exp(scores - larger)
@@ -446,8 +445,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         hidden, bias, dtype, tp = config.hidden_size, config.attention_bias, neuron.dtype, neuron.tp_degree
         query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]  # as on every rank
-        H, K, D = len(query), len(key), config.head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = H, K, D
+        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), config.head_dim
         self.attention, self.scaling = parts.attention, D**-0.5
         column, row = parts.layers.ColumnParallelLinear, parts.layers.RowParallelLinear
         self.Wqkv = column(hidden, tp * (H + 2 * K) * D, bias=bias, gather_output=False, dtype=dtype)
@@ -577,7 +575,7 @@ def check_seal(ckpt: str | Path, ranks: Iterable[int]) -> None:
             path = shard_path(ckpt, rank)
             seal = safe_open(path, "pt").metadata()
             if (seal["settings_sha256"], seal["rank"]) != (sha256(settings), str(rank)):
-                raise ValueError("of another conversion or rank")
+                raise ValueError("it and neuron_config.json do not fit")
     except (AttributeError, LookupError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise UsageError(f"{path} was changed after the conversion ({error}): convert again") from None
 
@@ -632,8 +630,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy decoding: the new tokens of each prompt. `on_step` is called with those so far, after each step.
 
-    A text ends with an EOS token, after max_new_tokens, or when the cache is full. The batch is static: rows that have
-    ended, or have no prompt, are computed and ignored. Raises UsageError if prompts do not fit.
+    A text ends with an EOS token, after max_new_tokens, or when the cache is full. Rows that have ended, or have no
+    prompt, are computed and ignored: the batch is static. Raises UsageError if prompts do not fit.
     """
     neuron = model.neuron_config
     check_prompts(prompts, model.config, neuron)
@@ -692,13 +690,13 @@ def compile_nxd(
 ) -> nn.Module:
     """All ranks on this host's NeuronCores (Trn1, Inf2), in one process; called like `LlamaForCausalLM`, with `last`.
 
-    NxD's ModelBuilder traces each graph once, as rank 0: decoding, and each length of prefill. They are kept beside the
-    shards, under a digest of all they depend on. `compile_s` of the result is the time that took.
+    NxD's ModelBuilder traces each graph once, as rank 0, which takes `compile_s`: decoding, and each length of prefill.
+    They are kept beside the shards, under a digest of all they depend on.
     """
     import torch_neuronx
     from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
 
-    start, config = time.perf_counter(), LlamaConfig.from_pretrained(ckpt)
+    began, config = time.perf_counter(), LlamaConfig.from_pretrained(ckpt)
     neuron = NeuronConfig.from_pretrained(ckpt).with_shape(batch_size, sequence_length)
     tp, B = neuron.tp_degree, neuron.batch_size
     with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
@@ -717,7 +715,7 @@ def compile_nxd(
             compiled = builder.compile(compiler_args=flags)
             compiled.save(str(path))
     compiled.config, compiled.neuron_config, compiled.static = config, neuron, True
-    compiled.compile_s = time.perf_counter() - start
+    compiled.compile_s = time.perf_counter() - began
     rotary = dict(RotaryEmbedding(config).named_buffers(prefix="model.rotary_emb"))  # to a graph they are weights
     compiled.set_weights([rotary | read_shard(ckpt, rank) for rank in range(tp)])
     compiled.to_neuron()
@@ -740,8 +738,8 @@ def compile_decode(model: LlamaForCausalLM) -> None:
 
 def positive_int(text: str) -> int:
     """argparse type of a count."""
-    if int(text) < 1:
-        raise ValueError
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -791,7 +789,7 @@ def choose_device(asked: str) -> str:
 
 def run(args: argparse.Namespace, rank: int) -> None:
     """The work of one rank: load, generate, and on rank 0 print."""
-    start, parts = time.perf_counter(), Parts.of_device(args.device, args.attn)
+    began, parts = time.perf_counter(), Parts.of_device(args.device, args.attn)
     shape = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
     if args.device == "nxd":
         stdout = os.dup(1)
@@ -826,7 +824,7 @@ def run(args: argparse.Namespace, rank: int) -> None:
     weights = read_shard(args.ckpt, 0)
     read = sum(tensor.nbytes for tensor in weights.values()) - weights["model.embed_tokens.weight"].nbytes
     timings = {
-        "load_s": clock[0] - start - compile_s,
+        "load_s": clock[0] - began - compile_s,
         "compile_s": compile_s,
         "prefill_s": clock[1] - clock[0],
         "prefill_tokens": sum(map(len, args.prompts)),
@@ -850,18 +848,17 @@ def run(args: argparse.Namespace, rank: int) -> None:
 
 
 def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], None]) -> None:
-    """Calls work(args, rank) on --tp ranks: through cpu/ on a CPU, if that folder is there, else through torchrun."""
-    args.device, args.tokenizer, rank = choose_device(args.device), None, 0
+    """Calls work(args, rank) on --tp ranks: by cpu/ on a CPU, if that folder is there, else by torchrun."""
+    args.device, args.tokenizer, rank = choose_device(args.device), None, int(os.environ.get("RANK", 0))
     torchrun, has_cpu = "TORCHELASTIC_RUN_ID" in os.environ, args.device == "cpu" and find_spec("cpu")
     if args.compile and (torchrun or not has_cpu):
-        raise UsageError("--compile is for a CPU, with the folder cpu/ and without torchrun: leave it out")
-    check_seal(args.ckpt, [])
+        raise UsageError("--compile is for a CPU, with cpu/ and without torchrun: leave it out")
+    check_seal(args.ckpt, [rank])
     config, neuron = LlamaConfig.from_pretrained(args.ckpt), NeuronConfig.from_pretrained(args.ckpt)
     if args.tp not in (None, neuron.tp_degree):
         raise UsageError(f"--tp {args.tp}, but {args.ckpt} is for --tp {neuron.tp_degree}: convert it again")
     args.tp = neuron.tp_degree
-    if not torchrun:  # there a host may have its own shards only
-        check_seal(args.ckpt, range(args.tp))
+    check_seal(args.ckpt, [] if torchrun else range(args.tp))  # there a host may have its own shards only
     alone = torchrun or args.tp == 1 or args.device == "nxd"
     if not alone and not has_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.tp)))
@@ -871,7 +868,6 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
         if args.device != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # gloo on a CPU, elsewhere the device's own backend
-        rank = dist.get_rank()
     if not args.prompts and rank == 0:  # piped standard input, else a built-in sentence
         piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace")
         args.prompts = [piped.strip() or "The capital of France is"]
@@ -885,11 +881,15 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
         args.tokenizer = Tokenizer.from_file(str(Path(args.ckpt, "tokenizer.json")))
     elif any(isinstance(prompt, str) for prompt in args.prompts):
         raise UsageError(f"{args.ckpt} has no tokenizer.json: give --prompt-ids")
-    args.prompts = [args.tokenizer.encode(p).ids if isinstance(p, str) else p for p in args.prompts]
+    for number, text in enumerate(args.prompts):
+        if isinstance(text, str):
+            args.prompts[number] = args.tokenizer.encode(os.fsencode(text).decode(errors="replace")).ids
     args.batch_size = args.batch_size or max(neuron.batch_size, len(args.prompts))
     check_prompts(args.prompts, config, neuron.with_shape(args.batch_size, args.sequence_length))
     if alone:
         work(args, rank)
+        if torchrun:
+            dist.destroy_process_group()  # else gloo's threads may abort at exit
     else:
         from cpu.shared_memory import start_ranks
 
