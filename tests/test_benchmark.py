@@ -1,6 +1,7 @@
-"""`tools.benchmark`: what its tables say of given samples, and that the processes of its cases time what they name."""
+"""`python -m tools.benchmark`: its tables against figures worked out by hand, its cases as processes of their own."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
-import test_llama_neuron
-from convert_weights import convert
-from llama_neuron import LlamaConfig, NeuronConfig
-from test_llama_neuron import command
-from tools.benchmark import GROUPS, Case, cases, interleaved, process_table, table
-
-hf_checkpoint = test_llama_neuron.hf_checkpoint  # a fixture
+from conftest import command, hf_model
+from convert_weights import llama_config, read_config
+from llama_neuron import run_command
+from tools.benchmark import SETTINGS, cases, main, process_table, table
+from tools.competitors import BASELINE, COMPETITORS, Case, Files, interleaved
 
 
 def samples(*steps_and_prefills: tuple[float, float]) -> list[dict[str, float]]:
@@ -37,25 +37,37 @@ def test_a_batch_makes_as_many_tokens_in_a_step_as_it_has_rows() -> None:
     assert table("batch", both).splitlines()[2].split(" | ")[1] == "80.0 (80.0-80.0)"
 
 
+def test_a_long_cache_is_set_against_a_short_one() -> None:
+    short, long = Case("llama_neuron sdpa", cache=512), Case("llama_neuron sdpa", cache=8192)
+    rows = table("cache", [(short, samples((0.02, 0.1))), (long, samples((0.025, 0.11)))]).splitlines()
+    assert rows[0] == "| case | decode tokens/s | x cache 512 | prefill ms | x cache 512 |"
+    assert rows[3].endswith("cache 8192 | 40.0 (40.0-40.0) | 0.80 | 110 (110-110) | 1.10 |")
+
+
 def test_rates_of_conversion_are_set_against_cp() -> None:
-    found = {"first token, llama_neuron, s": [1.0], "first token, HF, s": [4.0], "conversion, tp 1, GB/s": [0.3]}
-    rows = process_table(found | {"cp -r, GB/s": [0.5]}).splitlines()
+    one = {"first token, llama_neuron, s": 1.0, "first token, HF, s": 4.0}
+    rows = process_table([one | {"conversion, tp 1, GB/s": 0.3, "cp -r, GB/s": 0.5}]).splitlines()
+    assert "| conversion, tp 1 | 0.30 (0.30-0.30) GB/s |" in rows
     assert "| first token, llama_neuron / first token, HF | 0.25 |" in rows
     assert "| conversion, tp 1 / cp -r | 0.60 |" in rows
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("cache", "process")])
-def test_every_case_has_hf_at_its_setting(group: str) -> None:
-    todo = cases(group, ["llama.cpp"])
+@pytest.mark.parametrize("group", SETTINGS)
+def test_every_case_has_what_its_ratios_are_taken_against(group: str) -> None:
+    todo = cases(group, {"gpt-fast eager": "no --gpt-fast"})
     assert len(todo) == len(set(todo))
-    assert all(replace(case, system="HF sdpa", tp=1) in todo for case in todo)
+    assert "gpt-fast eager" not in {case.system for case in todo}
+    for case in todo:
+        other = replace(case, cache=512) if group == "cache" else replace(case, system=BASELINE)
+        assert other in todo
 
 
 def test_interleaved_heads_rotate_as_hfs(hf_checkpoint: Callable[[str], Path]) -> None:
     """llama.cpp and gpt-fast rotate neighbours, as complex numbers; HF rotates halves."""
     path = hf_checkpoint("llama-3")
-    config = LlamaConfig.from_pretrained(path)
+    config = llama_config(read_config(path))
     hfs, theirs = load_file(path / "model.safetensors"), dict(interleaved(path, config))
+    assert set(hfs) == set(theirs)
     x, angle = torch.randn(config.hidden_size), torch.rand(config.head_dim // 2) * 3
     for name, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         name = f"model.layers.1.self_attn.{name}.weight"
@@ -67,12 +79,22 @@ def test_interleaved_heads_rotate_as_hfs(hf_checkpoint: Callable[[str], Path]) -
         torch.testing.assert_close(turned, rotated)
 
 
-@pytest.mark.parametrize("case", [Case("llama_neuron eager"), Case("llama_neuron eager", tp=2), Case("HF static")])
-def test_a_case_prints_its_seconds(case: Case, hf_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_transformers_reads_the_checkpoint_back_from_the_file_for_llama_cpp(
+    hf_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
     path = hf_checkpoint("llama-3")
-    neuron = NeuronConfig(tp_degree=case.tp, sequence_length=64)
-    convert(path, tmp_path / f"bfloat16-tp{case.tp}", LlamaConfig.from_pretrained(path), neuron)
-    case = replace(case, prompt=8, new=4, cache=64)
+    file = COMPETITORS["llama.cpp"].source(Case("llama.cpp", "float32"), Files(path, tmp_path, None))
+    read = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).state_dict()
+    for name, tensor in hf_model(path, torch.float32).state_dict().items():
+        assert torch.equal(read[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["llama_neuron flash", "llama_neuron eager, tp 2", "HF static"])
+def test_a_case_prints_its_seconds(name: str, hf_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    path = hf_checkpoint("llama-3")
+    case = Case(name, batch=2, prompt=8, new=4, cache=64)
+    COMPETITORS[name].source(case, Files(path, tmp_path, None))
     flags = ("--hf", path, "--folder", tmp_path, "--threads", 2, "--case", json.dumps(asdict(case)))
     ran = command("-m", "tools.benchmark", *flags)
     assert ran.returncode == 0, ran.stderr
@@ -82,7 +104,23 @@ def test_a_case_prints_its_seconds(case: Case, hf_checkpoint: Callable[[str], Pa
     assert 0 < found["prefill_s"] < 5
 
 
-def test_a_chart_of_what_is_not_measured_is_refused(hf_checkpoint: Callable[[str], Path]) -> None:
-    ran = command("-m", "tools.benchmark", "--hf", hf_checkpoint("llama-3"), "--groups", "cache", "--chart", "x.png")
-    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
-    assert ran.stderr.endswith("error: --chart draws bf16 and length: add both groups\n")
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--groups", "cache", "--chart", "x.png"], "--chart draws bf16 and length: add both groups"),
+        (["--gpt-fast", "docs"], "--gpt-fast docs holds no model.py: name a checkout"),
+        (["--hf", "nowhere"], "nowhere/config.json not found: name a directory that holds a Llama checkpoint"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    flags: list[str],
+    message: str,
+    hf_checkpoint: Callable[[str], Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--hf", str(hf_checkpoint("llama-3")), *flags])
+    with pytest.raises(SystemExit) as refused:
+        run_command(main)
+    assert refused.value.code == 2
+    assert capsys.readouterr() == ("", f"benchmark.py: error: {message}\n")

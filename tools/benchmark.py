@@ -1,9 +1,9 @@
 """Speed of `llama_neuron.py` beside Hugging Face, llama.cpp and gpt-fast: `python -m tools.benchmark --hf DIR`.
 
-A case is a process of its own that warms up and then measures. The cases of a group run one after the other, and
-the group `--rounds` times over, because a shared machine changes its speed from minute to minute: ratios are taken
-within a round, and what is printed is the median (and the range) of the rounds. llama.cpp joins where `llama_cpp` can
-be imported, gpt-fast where `--gpt-fast` names a checkout of it. What is not measured is named.
+A case is a competitor (`tools/competitors.py`) at one setting, in a process of its own that warms up and then measures.
+The cases of a group run one after the other, and the group `--rounds` times over, because a shared machine changes its
+speed from minute to minute: ratios are taken within a round, and what is printed is the median (and the range) of the
+rounds. The output says which competitors are missing here, and why.
 """
 
 from __future__ import annotations
@@ -16,301 +16,69 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from convert_weights import open_checkpoint
-from llama_neuron import (
-    DTYPES,
-    LlamaConfig,
-    NeuronConfig,
-    compile_decode,
-    count_numbers,
-    exit_on_usage_error,
-    greedy_steps,
-    load_model,
-    positive,
-    require,
-    start_ranks,
-)
+from convert_weights import convert, read_config, require
+from llama_neuron import LlamaConfig, positive_int, run_command
+from tools.competitors import BASELINE, COMPETITORS, Case, Files, LlamaNeuron, Seconds
 
-ROOT = Path(__file__).parent.parent
-GROUPS = ("bf16", "fp32", "batch", "length", "cache", "process")
-BASELINE = "HF sdpa"  # what ratios are taken against
+SETTINGS = {  # of each group: what differs from the defaults of Case
+    "bf16": [{}],
+    "fp32": [{"dtype": "float32"}],
+    "batch": [{"batch": 8, "new": 32}, {"dtype": "float32", "batch": 8, "new": 32}],
+    "length": [{"prompt": prompt, "new": 16, "cache": 4096} for prompt in (128, 256, 512, 1024, 2048)],
+    "cache": [{"prompt": 200, "new": 32, "cache": cache} for cache in (512, 8192)],
+}
+GROUPS = (*SETTINGS, "process")
+
+Results = list[tuple[Case, list[Seconds]]]  # each case of a group, with its seconds in every round
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: `system` at one setting; decoding starts after `prompt` tokens and makes `new` more."""
-
-    system: str
-    dtype: str = "bfloat16"
-    batch: int = 1
-    tp: int = 1
-    prompt: int = 128
-    new: int = 64
-    cache: int = 512
-
-    @property
-    def name(self) -> str:
-        return self.system + (f", tp {self.tp}" if self.tp > 1 else "")
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (self.batch, self.prompt), generator=generator).tolist()
+# ---- cases, in rounds
 
 
-# ------------------------------------------------------------------------------------- in the process of a case: timing
+def run_process(*command: object, **environment: str) -> tuple[float, str]:
+    """Wall time and standard output of a command."""
+    line = [str(word) for word in command]
+    start = time.perf_counter()
+    ran = subprocess.run(line, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - start, ran.stdout
 
 
-def seconds(clock: list[float]) -> dict[str, float]:
-    """Of prefill and of a decoding step (the mean), from the times of the start and of each token."""
-    return {"prefill_s": clock[1] - clock[0], "step_s": (clock[-1] - clock[1]) / (len(clock) - 2)}
+def cases(group: str, missing: dict[str, str]) -> list[Case]:
+    """What a group times. Those that its table compares are neighbours: competitors at one setting, or in `cache` the
+    settings of one competitor."""
+    names = [name for name, entry in COMPETITORS.items() if group in entry.groups and name not in missing]
+    if group == "cache":
+        return [Case(name, **setting) for name in names for setting in SETTINGS[group]]
+    return [Case(name, **setting) for setting in SETTINGS[group] for name in names]
 
 
-def timed(steps: Callable[[], Iterable]) -> dict[str, float]:
-    """The seconds of steps that make a token each, after a warm-up."""
-    for _ in range(2):
-        clock = [time.perf_counter()]
-        clock.extend(time.perf_counter() for _ in steps())
-    return seconds(clock)
-
-
-def time_llama_neuron(case: Case, folder: Path) -> dict[str, float]:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    flags = {"tp_degree": case.tp, "tp_rank": rank, "batch_size": case.batch, "sequence_length": case.cache}
-    attn = "sdpa" if "sdpa" in case.system else "eager"
-    model = load_model(folder / f"{case.dtype}-tp{case.tp}", attn=attn, **flags)
-    if "compile" in case.system:
-        compile_decode(model)
-    return timed(partial(greedy_steps, model, case.prompts(model.config.vocab_size), case.new + 1, ()))
-
-
-def time_ranks(case: Case, folder: Path) -> dict[str, float]:
-    """The same with tp > 1; rank 0 leaves its seconds in a file."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "seconds")
-
-        def work() -> None:
-            found = time_llama_neuron(case, folder)
-            if dist.get_rank() == 0:
-                file.write_text(json.dumps(found))
-
-        start_ranks(work, case.tp, "cpu")
-        return json.loads(file.read_text())
-
-
-def time_hf(case: Case, hf: Path) -> dict[str, float]:
-    """`generate`, with its dynamic cache unless the case says static."""
-    from transformers import LlamaForCausalLM
-    from transformers.generation.streamers import BaseStreamer
-
-    attn = "eager" if "eager" in case.system else "sdpa"
-    model = LlamaForCausalLM.from_pretrained(hf, dtype=DTYPES[case.dtype], attn_implementation=attn).eval()
-    if "compile" in case.system:
-        model.forward = torch.compile(model.forward)
-    ids = torch.tensor(case.prompts(model.config.vocab_size))
-    lengths = {"min_new_tokens": case.new + 1, "max_new_tokens": case.new + 1}
-    lengths |= {"cache_implementation": "static"} if "static" in case.system else {}
-
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Tensor) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    for _ in range(3 if "compile" in case.system else 2):  # a second run may compile once more
-        clock, start = Clock(), time.perf_counter()
-        model.generate(ids, do_sample=False, pad_token_id=0, streamer=clock, **lengths)
-    return seconds([start, *clock.times[1:]])  # the first time is the prompt's
-
-
-def time_llama_cpp(case: Case, folder: Path) -> dict[str, float]:
-    import llama_cpp
-    import numpy as np
-
-    threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
-    model = llama_cpp.Llama(str(folder / f"{case.dtype}.gguf"), n_ctx=case.cache, n_batch=512, verbose=False, **threads)
-    (prompt,) = case.prompts(model.n_vocab())
-
-    def steps() -> Iterator[None]:
-        model.reset()
-        tokens = prompt
-        for _ in range(case.new + 1):
-            model.eval(tokens)
-            tokens = [int(np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),)).argmax())]
-            yield
-
-    return timed(steps)
-
-
-@torch.inference_mode()
-def time_gpt_fast(case: Case, hf: Path, checkout: Path) -> dict[str, float]:
-    """Its `Transformer`, and its way of decoding: prefill and one token as two functions, of which `--compile` compiles
-    the second."""
-    sys.path.insert(0, str(checkout))
-    from model import ModelArgs, Transformer
-
-    config = LlamaConfig.from_pretrained(hf)
-    rope = config.rope_parameters
-    args = ModelArgs(
-        block_size=case.cache,
-        vocab_size=config.vocab_size,
-        n_layer=config.num_hidden_layers,
-        n_head=config.num_attention_heads,
-        n_local_heads=config.num_key_value_heads,
-        dim=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        rope_base=rope["rope_theta"],
-        norm_eps=config.rms_norm_eps,
-        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
-    )
-    names = {f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"}
-    names |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
-    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "model.": ""}
-    names |= {"embed_tokens": "tok_embeddings", "lm_head": "output"}
-    state = {}
-    for name, tensor in interleaved(hf, config):
-        for theirs, its in names.items():
-            name = name.replace(theirs, its)
-        state[name] = tensor.to(DTYPES[case.dtype])
-    state.setdefault("output.weight", state["tok_embeddings.weight"])
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.load_state_dict(state, assign=True)
-    model.setup_caches(case.batch, case.cache)
-    ids = torch.tensor(case.prompts(config.vocab_size))
-
-    def one_token(tokens: Tensor, positions: Tensor) -> Tensor:
-        return model(tokens, positions)[:, -1].argmax(-1, keepdim=True)
-
-    decode = torch.compile(one_token, fullgraph=True) if "compile" in case.system else one_token
-
-    def steps() -> Iterator[None]:
-        tokens = one_token(ids, torch.arange(case.prompt))
-        yield
-        for position in range(case.prompt, case.prompt + case.new):
-            tokens = decode(tokens.clone(), torch.tensor([position]))
-            yield
-
-    return timed(steps)
-
-
-def interleaved(hf: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """HF's tensors, with the rows of q and k in the order of llama.cpp's and gpt-fast's rotary embedding, which rotates
-    neighbours where HF rotates halves."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    checkpoint = open_checkpoint(hf, config)
-    for name in checkpoint.slices:
-        tensor = checkpoint.get(name)
-        for key, count in heads.items():
-            if key in name:
-                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
-        yield name, tensor
-
-
-def write_gguf(hf: Path, file: Path, dtype: str) -> None:
-    """llama.cpp's file of an HF checkpoint, for its speed: without tokenizer and rope scaling."""
-    import gguf
-
-    config = LlamaConfig.from_pretrained(hf)
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in interleaved(hf, config):
-        its = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if tensor.ndim == 1 or dtype == "float32":
-            writer.add_tensor(its, tensor.float().numpy())
-        else:
-            raw = tensor.bfloat16().contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(its, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def run_case(case: Case, hf: Path, folder: Path, gpt_fast: Path | None) -> dict[str, float]:
-    if case.system.startswith("HF"):
-        return time_hf(case, hf)
-    if case.system.startswith("llama.cpp"):
-        return time_llama_cpp(case, folder)
-    if case.system.startswith("gpt-fast"):
-        return time_gpt_fast(case, hf, gpt_fast)
-    return time_llama_neuron(case, folder) if case.tp == 1 else time_ranks(case, folder)
-
-
-# ---------------------------------------------------------------------------------------------------- cases, in rounds
-
-
-def cases(group: str, others: list[str]) -> list[Case]:
-    """What a group times, this project and HF next to each other."""
-    ours = [Case(f"llama_neuron {how}") for how in ("eager", "sdpa", "compile")]
-    ours += [Case(f"llama_neuron {how}", tp=2) for how in ("eager", "compile")]
-    hf = [Case("HF sdpa"), Case("HF eager"), Case("HF static"), Case("HF static compile")]
-    if group == "bf16":
-        return ours + hf + [Case(system) for system in others]
-    if group == "fp32":
-        return [replace(case, dtype="float32") for case in ours + hf[:2] + [Case(o) for o in others if "cpp" in o]]
-    if group == "batch":
-        both = [replace(case, batch=8, new=32) for case in ours + hf[:2]]
-        return both + [replace(case, dtype="float32") for case in both]
-    if group == "length":
-        lengths = [Case("", prompt=prompt, new=16, cache=4096) for prompt in (128, 256, 512, 1024, 2048)]
-        return [replace(case, system=other.system) for case in lengths for other in (*ours[:3], hf[0])]
-    caches = [Case("", prompt=200, new=32, cache=cache) for cache in (512, 8192)]
-    return [replace(case, system=other.system) for other in ours[:3] for case in caches]
-
-
-def run_in_turn(todo: list[Case], rounds: int, command: list[str]) -> list[tuple[Case, list[dict[str, float]]]]:
+def run_in_turn(todo: list[Case], rounds: int, files: Files) -> Results:
     """Every case once a round, each in a process of its own."""
-    samples: list[list[dict[str, float]]] = [[] for _ in todo]
+    for case in todo:
+        COMPETITORS[case.system].source(case, files)
+    results: Results = [(case, []) for case in todo]
+    command = [sys.executable, "-m", "tools.benchmark", *sys.argv[1:], "--folder", files.folder, "--case"]
     for number in range(rounds):
-        for case, found in zip(todo, samples, strict=True):
+        for case, samples in results:
             print(f"round {number + 1}: {describe(case)}", file=sys.stderr)
-            ran = subprocess.run([*command, "--case", json.dumps(asdict(case))], stdout=subprocess.PIPE, check=True)
-            found.append(json.loads(ran.stdout.splitlines()[-1]))
-    return list(zip(todo, samples, strict=True))
+            _, answer = run_process(*command, json.dumps(asdict(case)))
+            samples.append(json.loads(answer.splitlines()[-1]))
+    return results
 
 
 def describe(case: Case) -> str:
-    return f"{case.name}, {case.dtype}, batch {case.batch}, prompt {case.prompt}, cache {case.cache}"
+    return f"{case.system}, {case.dtype}, batch {case.batch}, prompt {case.prompt}, cache {case.cache}"
 
 
-# --------------------------------------------------------------------------------------- whole processes, files, memory
-
-
-def seconds_of(command: list[str | Path], **environment: str) -> tuple[float, str]:
-    """Wall time and standard output of a command."""
-    start = time.perf_counter()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    ran = subprocess.run(list(map(str, command)), check=True, cwd=ROOT, env=os.environ | environment, **pipes)
-    return time.perf_counter() - start, ran.stdout
-
+# ---- whole processes, files, memory
 
 HF_FIRST_TOKEN = """
 import sys, torch
@@ -321,83 +89,68 @@ print(model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, 
 """
 
 
-CONVERSION = """
-import time
-import convert_weights
-start = time.perf_counter()
-convert_weights.main()
-print(time.perf_counter() - start)
-"""
-
-
-def run_processes(hf: Path, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Samples of what only a whole process shows, by name; seconds, bytes, or bytes a second."""
-    config, ckpt = LlamaConfig.from_pretrained(hf), folder / "bfloat16-tp1"
-    prompt = ",".join(map(str, Case("").prompts(config.vocab_size)[0]))
-    ours = [sys.executable, "llama_neuron.py", "--ckpt", ckpt, "--prompt-ids", prompt, "--ignore-eos", "--json"]
-    ours += ["--sequence-length", "512"]
-    numbers, _, cache = count_numbers(config, NeuronConfig(sequence_length=512))
-    held = 2 * (numbers + cache)
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
-    def peak(answer: str) -> int:
-        return json.loads(answer)["timings"]["peak_rss_bytes"] - held
-
-    for number in range(rounds):
-        print(f"round {number + 1}: whole processes", file=sys.stderr)
-        wall, _ = seconds_of([*ours, "--max-new-tokens", "1"])
-        note("first token, llama_neuron, s", wall)
-        wall, _ = seconds_of([sys.executable, "-c", HF_FIRST_TOKEN, hf, prompt])
-        note("first token, HF, s", wall)
-        _, answer = seconds_of([*ours, "--max-new-tokens", "64"])
-        note("peak memory over weights and cache, eager, MB", peak(answer) / 1e6)
-        with tempfile.TemporaryDirectory() as inductor:
-            for state in ("cold", "warm"):
-                command = [*ours, "--max-new-tokens", "64", "--compile"]
-                wall, answer = seconds_of(command, TORCHINDUCTOR_CACHE_DIR=inductor)
-                note(f"--compile {state}, compilation, s", json.loads(answer)["timings"]["compile_s"])
-                note(f"--compile {state}, whole process, s", wall)
-            note("peak memory over weights and cache, --compile, MB", peak(answer) / 1e6)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            for tp in (1, 2):
-                flags = ["--hf", hf, "--dtype", "bfloat16", "--tp", str(tp), "--out", Path(scratch, f"whole{tp}")]
-                wall, _ = seconds_of([sys.executable, "convert_weights.py", *flags])
-                written = size_of(flags[-1]) / 1e9
-                note(f"conversion, tp {tp}, GB/s", written / wall)
-                flags[-1] = Path(scratch, f"own{tp}")
-                _, own = seconds_of([sys.executable, "-c", CONVERSION, *flags])
-                note(f"conversion without imports, tp {tp}, GB/s", written / float(own))
-            wall, _ = seconds_of(["cp", "-r", hf, Path(scratch, "copy")])
-            note("cp -r, GB/s", size_of(Path(scratch, "copy")) / wall / 1e9)
-    return found
-
-
 def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
-# ------------------------------------------------------------------------------------------------------ tables, chart
+def measure_processes(files: Files) -> dict[str, float]:
+    """One round of what only a whole process shows, in bfloat16. Each name ends in its unit."""
+    case = Case("llama_neuron eager")
+    ckpt = COMPETITORS[case.system].source(case, files)
+    config, found = LlamaConfig.from_pretrained(ckpt), {}
+    prompt = ",".join(map(str, case.prompts(config.vocab_size)[0]))
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * case.cache * config.head_dim  # keys, values
+    held_bytes = size_of(ckpt) + 2 * cache
+    run = [sys.executable, "llama_neuron.py", "--ckpt", ckpt, "--prompt-ids", prompt, "--ignore-eos", "--json"]
+    run += ["--device", "cpu", "--sequence-length", case.cache, "--max-new-tokens"]
+
+    found["first token, llama_neuron, s"], _ = run_process(*run, 1)
+    found["first token, HF, s"], _ = run_process(sys.executable, "-c", HF_FIRST_TOKEN, files.hf, prompt)
+    _, answer = run_process(*run, case.new)
+    peak_bytes = json.loads(answer)["timings"]["peak_rss_bytes"]
+    found["peak memory over weights and cache, eager, MB"] = (peak_bytes - held_bytes) / 1e6
+    with tempfile.TemporaryDirectory() as compiled:
+        for state in ("cold", "warm"):
+            wall, answer = run_process(*run, case.new, "--compile", TORCHINDUCTOR_CACHE_DIR=compiled)
+            timings = json.loads(answer)["timings"]
+            found[f"--compile {state}, compilation, s"] = timings["compile_s"]
+            found[f"--compile {state}, whole process, s"] = wall
+    found["peak memory over weights and cache, --compile, MB"] = (timings["peak_rss_bytes"] - held_bytes) / 1e6
+    with tempfile.TemporaryDirectory(dir=files.folder) as scratch:
+        for tp in (1, 2):
+            out, again = Path(scratch, f"tp{tp}"), Path(scratch, f"tp{tp}-again")
+            flags = ["--hf", files.hf, "--out", out, "--tp", tp, "--dtype", "bfloat16"]
+            wall, _ = run_process(sys.executable, "convert_weights.py", *flags)
+            found[f"conversion, tp {tp}, GB/s"] = size_of(out) / wall / 1e9
+            start = time.perf_counter()
+            convert(files.hf, again, tp_degree=tp, dtype="bfloat16")
+            wall = time.perf_counter() - start
+            found[f"conversion without imports, tp {tp}, GB/s"] = size_of(again) / wall / 1e9
+        copy = Path(scratch, "copy")
+        wall, _ = run_process("cp", "-r", files.hf, copy)
+        found["cp -r, GB/s"] = size_of(copy) / wall / 1e9
+    return found
+
+
+# ---- tables, chart
 
 
 def spread(values: list[float], form: str) -> str:
     return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
-def against(samples: list[dict[str, float]], others: list[dict[str, float]], key: str) -> float:
+def against(samples: list[Seconds], others: list[Seconds], key: str) -> float:
     """Median over the rounds of this case's seconds over those of the other, measured in the same round."""
     return median(mine[key] / other[key] for mine, other in zip(samples, others, strict=True))
 
 
-def table(group: str, results: list[tuple[Case, list[dict[str, float]]]]) -> str:
-    """Markdown. Ratios: speed of decoding and time of prefill against BASELINE at the same setting, else (`cache`)
-    against the first line of the same system."""
+def table(group: str, results: Results) -> str:
+    """Markdown. Ratios: speed of decoding and time of prefill against BASELINE at the same setting, or in `cache`
+    against the same competitor with 512 slots."""
     other = "cache 512" if group == "cache" else BASELINE
     lines = [f"| case | decode tokens/s | x {other} | prefill ms | x {other} |", "| --- | --- | --- | --- | --- |"]
     for case, samples in results:
-        wanted = replace(case, system=BASELINE, tp=1) if group != "cache" else replace(case, cache=512)
+        wanted = replace(case, cache=512) if group == "cache" else replace(case, system=BASELINE)
         others = dict(results)[wanted]
         rates = spread([case.batch / sample["step_s"] for sample in samples], ".1f")
         prefill = spread([sample["prefill_s"] * 1e3 for sample in samples], ".0f")
@@ -406,81 +159,58 @@ def table(group: str, results: list[tuple[Case, list[dict[str, float]]]]) -> str
     return "\n".join(lines)
 
 
-def process_table(found: dict[str, list[float]]) -> str:
+def process_table(samples: list[dict[str, float]]) -> str:
     lines = ["| whole processes | median (range) |", "| --- | --- |"]
-    for name, values in found.items():
-        what, _, unit = name.rpartition(", ")
-        lines.append(f"| {what} | {spread(values, '.2f')} {unit} |")
     pairs = [("first token, llama_neuron, s", "first token, HF, s")]
-    pairs += [(name, "cp -r, GB/s") for name in found if name.startswith("conversion")]
+    for name in samples[0]:
+        what, _, unit = name.rpartition(", ")
+        lines.append(f"| {what} | {spread([sample[name] for sample in samples], '.2f')} {unit} |")
+        if name.startswith("conversion"):
+            pairs.append((name, "cp -r, GB/s"))
     for one, other in pairs:
-        ratio = median(a / b for a, b in zip(found[one], found[other], strict=True))
+        ratio = median(sample[one] / sample[other] for sample in samples)
         lines.append(f"| {one.rpartition(', ')[0]} / {other.rpartition(', ')[0]} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, list[tuple[Case, list[dict[str, float]]]]], title: str, file: Path) -> None:
-    """Tokens/s of every system (group bf16), and milliseconds against the length of the text (group length)."""
-    import matplotlib
+def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
+    """Tokens/s of every competitor, and milliseconds against the length of the text."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (bars, decode, prefill) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
     figure.suptitle(title)
-    rates = [(case.name, median(1 / sample["step_s"] for sample in samples)) for case, samples in results["bf16"]]
-    rates.sort(key=lambda pair: pair[1])
-    colors = ["tab:blue" if name.startswith("llama_neuron") else "tab:gray" for name, _ in rates]
-    drawn = bars.barh([name for name, _ in rates], [rate for _, rate in rates], color=colors)
+    bars, decode, prefill = figure.subplots(1, 3)
+    rates = {case.system: median(1 / sample["step_s"] for sample in samples) for case, samples in bf16}
+    names = sorted(rates, key=rates.get)
+    colors = ["tab:blue" if isinstance(COMPETITORS[name], LlamaNeuron) else "tab:gray" for name in names]
+    drawn = bars.barh(names, [rates[name] for name in names], color=colors)
     bars.bar_label(drawn, fmt="%.0f", padding=3)
     bars.margins(x=0.12)
     bars.set(title="decoding after 128 tokens", xlabel="tokens/s")
-    for axes, key, name in ((decode, "step_s", "decoding one token"), (prefill, "prefill_s", "prefill")):
-        for system in dict.fromkeys(case.system for case, _ in results["length"]):
-            points = [
-                (case.prompt, median(sample[key] for sample in samples) * 1e3)
-                for case, samples in results["length"]
-                if case.system == system
-            ]
-            axes.plot(*zip(*points, strict=True), marker="o", label=system)
-        axes.set(title=name, xlabel="tokens of the text", ylabel="ms", ylim=(0, None))
+    for axes, key, what in ((decode, "step_s", "decoding one token"), (prefill, "prefill_s", "prefill")):
+        for name in dict.fromkeys(case.system for case, _ in length):
+            found = [(case.prompt, samples) for case, samples in length if case.system == name]
+            milliseconds = [median(sample[key] for sample in samples) * 1e3 for _, samples in found]
+            axes.plot([prompt for prompt, _ in found], milliseconds, marker="o", label=name)
+        axes.set(title=what, xlabel="tokens of the text", ylabel="ms", ylim=(0, None))
         axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} absent"
-
-
-def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Converts the checkpoint into what the cases read."""
-    tp2 = any(group in args.groups for group in ("bf16", "fp32", "batch"))
-    for dtype in ["bfloat16", *["float32"] * any(group in args.groups for group in ("fp32", "batch"))]:
-        for tp in (1, 2) if tp2 else (1,):
-            flags = ["--hf", args.hf, "--dtype", dtype, "--tp", str(tp), "--out", folder / f"{dtype}-tp{tp}"]
-            seconds_of([sys.executable, "convert_weights.py", *flags])
-        if "llama.cpp" in args.others:
-            write_gguf(args.hf, folder / f"{dtype}.gguf", dtype)
+# ---- command line
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description="Speed beside HF and others.")
+    parser = argparse.ArgumentParser(description="Speed beside HF and others.", usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--hf", type=Path, required=True, metavar="DIR", help="HF checkpoint")
     add("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help=f"default: {' '.join(GROUPS)}")
-    add("--rounds", type=positive, default=3, metavar="N", help="default: %(default)s")
-    add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
+    add("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
     add("--gpt-fast", type=Path, metavar="DIR", help="a checkout of gpt-fast, to measure it as well")
     add("--json", action="store_true", help="print all samples as one JSON object instead of tables")
     add("--chart", type=Path, metavar="FILE.png", help="draw the groups bf16 and length")
-    add("--case", help=argparse.SUPPRESS)  # in the process of a case
+    add("--case", type=json.loads, help=argparse.SUPPRESS)  # in the process of a case
     add("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -488,45 +218,41 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    files = Files(args.hf, args.folder, args.gpt_fast)
     if args.case:
-        print(json.dumps(run_case(Case(**json.loads(args.case)), args.hf, args.folder, args.gpt_fast)))
+        case = Case(**args.case)
+        print(json.dumps(COMPETITORS[case.system].time(case, files)))
         return
+    read_config(args.hf)  # raises UsageError now, not in the first case
+    drawn = {"bf16", "length"} <= set(args.groups)
+    require(args.chart is None or drawn, "--chart draws bf16 and length: add both groups")
+    checkout = args.gpt_fast is None or (args.gpt_fast / "model.py").exists()
+    require(checkout, f"--gpt-fast {args.gpt_fast} holds no model.py: name a checkout")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    args.hf = args.hf.resolve()
-    require((args.hf / "config.json").exists(), f"--hf {args.hf} holds no config.json: name an HF checkpoint")
-    require(not args.chart or {"bf16", "length"} <= {*args.groups}, "--chart draws bf16 and length: add both groups")
-    args.others, missing = [], ["llama.cpp and gpt-fast at batch 8, gpt-fast in float32 (left out here)"]
-    if find_spec("llama_cpp") and find_spec("gguf"):
-        args.others.append("llama.cpp")
-    else:
-        missing.append("llama.cpp (llama_cpp or gguf cannot be imported)")
-    if args.gpt_fast:
-        require((args.gpt_fast / "model.py").exists(), f"--gpt-fast {args.gpt_fast} holds no model.py: name a checkout")
-        args.others += ["gpt-fast eager", "gpt-fast compile"]
-    else:
-        missing.append("gpt-fast (no --gpt-fast)")
-    results, processes = {}, {}
+    reasons = {name: entry.missing(files) for name, entry in COMPETITORS.items()}
+    missing = {name: reason for name, reason in reasons.items() if reason}
+    results, processes = {}, []
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare(args, folder)
-        command = [sys.executable, "-m", "tools.benchmark", "--hf", str(args.hf), "--folder", scratch]
-        command += ["--threads", str(args.threads)]
-        command += ["--gpt-fast", str(args.gpt_fast.resolve())] if args.gpt_fast else []
+        files = replace(files, folder=Path(scratch))
         for group in args.groups:
             if group == "process":
-                processes = run_processes(args.hf, folder, args.rounds)
+                processes = [measure_processes(files) for _ in range(args.rounds)]
             else:
-                results[group] = run_in_turn(cases(group, args.others), args.rounds, command)
-    packages = ("torch", "transformers", "llama_cpp_python")
-    setting = f"{date.today()}, {args.hf.name}, {args.threads} threads, {platform.machine()}, {args.rounds} rounds, "
-    setting += ", ".join(map(installed, packages))
+                results[group] = run_in_turn(cases(group, missing), args.rounds, files)
+    not_measured = ["llama.cpp and gpt-fast at batch 8, gpt-fast in float32 (left out here)"]
+    not_measured += [f"{name} ({reason})" for name, reason in missing.items()]
+    setting = f"{date.today()}, {args.hf.resolve().name}, {args.threads} threads, {platform.machine()}, "
+    setting += f"{args.rounds} rounds, torch {torch.__version__}, transformers {version('transformers')}"
+    if "llama.cpp" not in missing:
+        setting += f", llama_cpp_python {version('llama_cpp_python')}"
     if args.chart:
-        draw(results, setting, args.chart)
+        draw(results["bf16"], results["length"], setting, args.chart)
     if args.json:
         rows = {name: [asdict(case) | {"samples": found} for case, found in rows] for name, rows in results.items()}
-        print(json.dumps({"setting": setting, "not_measured": missing, "groups": rows, "process": processes}, indent=2))
+        answer = {"setting": setting, "not_measured": not_measured, "groups": rows, "process": processes}
+        print(json.dumps(answer, indent=2))
         return
-    print(f"{setting}; medians (ranges)\n\nNot measured: {'; '.join(missing)}.")
+    print(f"{setting}; medians (ranges)\n\nNot measured: {'; '.join(not_measured)}.")
     for group, found in results.items():
         print(f"\n{table(group, found)}")
     if processes:
@@ -534,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_usage_error(main)
+    run_command(main)

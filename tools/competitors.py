@@ -1,0 +1,321 @@
+"""What `tools.benchmark` compares: each competitor is an entry of COMPETITORS, at the end of this file.
+
+An entry says its name, which groups of the benchmark it joins, why it is missing here (if it is), what it reads, and
+how it is timed. All of them get the same random prompts, and make as many tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from convert_weights import convert, expected_shapes, llama_config, open_checkpoint, read_config
+from cpu.compiled import check as check_compiler
+from cpu.shared_memory import start_ranks
+from llama_neuron import LlamaConfig, Parts, compile_decode, generate, load_model
+
+Tick = Callable[[], None]
+Seconds = dict[str, float]  # prefill_s, and step_s: the mean of the decoding steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """A competitor at one setting: each row of the batch reads `prompt` tokens, makes a first one, and `new` more."""
+
+    system: str
+    dtype: str = "bfloat16"
+    batch: int = 1
+    prompt: int = 128
+    new: int = 64
+    cache: int = 512
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (self.batch, self.prompt), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Files:
+    hf: Path  # the checkpoint
+    folder: Path  # for what is made of it
+    gpt_fast: Path | None  # a checkout
+
+
+def timed(run: Callable[[Tick], object], warmups: int = 1) -> Seconds:
+    """The times of the last of several runs. A run calls its argument after each step; the first step is prefill."""
+    clock: list[float] = []
+
+    def tick() -> None:
+        clock.append(time.perf_counter())
+
+    for _ in range(warmups + 1):
+        clock.clear()
+        tick()
+        run(tick)
+    return {"prefill_s": clock[1] - clock[0], "step_s": (clock[-1] - clock[1]) / (len(clock) - 2)}
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One that reads the HF checkpoint. Each kind adds `time(case, files) -> Seconds`, called in a new process."""
+
+    name: str
+    groups: tuple[str, ...]
+    compiled: bool = False
+
+    def missing(self, files: Files) -> str | None:
+        """Why it cannot be measured here."""
+        try:
+            if self.compiled:
+                check_compiler()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def source(self, case: Case, files: Files) -> Path:
+        """What it reads, made first if it is not there."""
+        return files.hf
+
+
+@dataclass(frozen=True)
+class LlamaNeuron(Competitor):
+    attn: str = "eager"
+    tp: int = 1
+
+    def source(self, case: Case, files: Files) -> Path:
+        ckpt = files.folder / f"{case.dtype}-tp{self.tp}"
+        if not ckpt.exists():
+            convert(files.hf, ckpt, tp_degree=self.tp, dtype=case.dtype)
+        return ckpt
+
+    def time(self, case: Case, files: Files) -> Seconds:
+        ckpt = self.source(case, files)
+        parts = Parts.of_device("cpu", self.attn)
+        seconds = mp.get_context("fork").SimpleQueue()
+
+        def work(rank: int) -> None:
+            model = load_model(ckpt, rank, batch_size=case.batch, sequence_length=case.cache, parts=parts)
+            if self.compiled:
+                compile_decode(model)
+            prompts = case.prompts(model.config.vocab_size)
+            found = timed(lambda tick: generate(model, prompts, case.new + 1, [], lambda completions: tick()))
+            if rank == 0:
+                seconds.put(found)
+
+        if self.tp == 1:
+            work(0)
+        else:
+            start_ranks(work, self.tp)
+        return seconds.get()
+
+
+@dataclass
+class Streamer:
+    """For HF's `generate`, which puts the prompts [B,T] first, and then the tokens [B] of each step."""
+
+    tick: Tick
+
+    def put(self, value: Tensor) -> None:
+        if value.dim() == 1:
+            self.tick()
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class HuggingFace(Competitor):
+    attn: str = "sdpa"
+    cache: str = "dynamic"
+
+    def time(self, case: Case, files: Files) -> Seconds:
+        from transformers import GenerationConfig, LlamaForCausalLM
+
+        dtype = getattr(torch, case.dtype)
+        model = LlamaForCausalLM.from_pretrained(files.hf, dtype=dtype, attn_implementation=self.attn).eval()
+        # in place of the checkpoint's own, which may end the text early
+        model.generation_config = GenerationConfig(max_new_tokens=case.new + 1, cache_implementation=self.cache)
+        if self.compiled:
+            model.forward = torch.compile(model.forward)
+        ids = torch.tensor(case.prompts(model.config.vocab_size))
+        warmups = 2 if self.compiled else 1  # the second run may compile once more
+        return timed(lambda tick: model.generate(ids, streamer=Streamer(tick)), warmups)
+
+
+@dataclass(frozen=True)
+class LlamaCpp(Competitor):
+    def missing(self, files: Files) -> str | None:
+        if find_spec("llama_cpp") and find_spec("gguf"):
+            return None
+        return "llama_cpp or gguf cannot be imported"
+
+    def source(self, case: Case, files: Files) -> Path:
+        file = files.folder / f"{case.dtype}.gguf"
+        if not file.exists():
+            write_gguf(files.hf, file, case.dtype)
+        return file
+
+    def time(self, case: Case, files: Files) -> Seconds:
+        import llama_cpp
+        import numpy as np
+
+        file = str(self.source(case, files))
+        threads = torch.get_num_threads()
+        model = llama_cpp.Llama(
+            file, n_ctx=case.cache, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        (prompt,) = case.prompts(model.n_vocab())
+
+        def run(tick: Tick) -> None:
+            model.reset()
+            tokens = prompt
+            for _ in range(case.new + 1):
+                model.eval(tokens)
+                logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
+                tokens = [int(logits.argmax())]
+                tick()
+
+        return timed(run)
+
+
+@dataclass(frozen=True)
+class GptFast(Competitor):
+    """Its `Transformer`, and its way of decoding: prefill and one token as two functions, of which `--compile` compiles
+    the second."""
+
+    def missing(self, files: Files) -> str | None:
+        return super().missing(files) if files.gpt_fast else "no --gpt-fast"
+
+    @torch.inference_mode()
+    def time(self, case: Case, files: Files) -> Seconds:
+        model = load_gpt_fast(case, files)
+        ids = torch.tensor(case.prompts(model.config.vocab_size))
+
+        def one_token(tokens: Tensor, positions: Tensor) -> Tensor:
+            return model(tokens, positions)[:, -1].argmax(-1, keepdim=True)
+
+        decode = torch.compile(one_token, fullgraph=True) if self.compiled else one_token
+
+        def run(tick: Tick) -> None:
+            tokens = one_token(ids, torch.arange(case.prompt))
+            tick()
+            for position in range(case.prompt, case.prompt + case.new):
+                tokens = decode(tokens.clone(), torch.tensor([position]))
+                tick()
+
+        return timed(run)
+
+
+# ---- the checkpoint for llama.cpp and gpt-fast
+
+
+def interleaved(hf: Path, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """HF's tensors, with the rows of q and k in the order of llama.cpp's and gpt-fast's rotary embedding, which rotates
+    neighbours. HF rotates halves."""
+    checkpoint = open_checkpoint(hf, config)
+    for name in expected_shapes(config):
+        tensor = checkpoint.get(name)
+        for key, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if key in name:
+                tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        yield name, tensor
+
+
+def write_gguf(hf: Path, file: Path, dtype: str) -> None:
+    """llama.cpp's file, for its speed: without tokenizer and rope scaling."""
+    import gguf
+
+    completed = read_config(hf)
+    config = llama_config(completed)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(completed["max_position_embeddings"])
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in interleaved(hf, config):
+        its = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if tensor.ndim == 1 or dtype == "float32":
+            writer.add_tensor(its, tensor.float().numpy())
+        else:
+            raw = tensor.bfloat16().contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(its, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GPT_FAST_NAMES = {"model.": "", "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention"}
+GPT_FAST_NAMES |= {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "feed_forward"}
+GPT_FAST_NAMES |= {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+GPT_FAST_NAMES |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def load_gpt_fast(case: Case, files: Files) -> torch.nn.Module:
+    sys.path.insert(0, str(files.gpt_fast))
+    from model import ModelArgs, Transformer
+
+    config = llama_config(read_config(files.hf))
+    rope = config.rope_parameters
+    args = ModelArgs(
+        block_size=case.cache,
+        vocab_size=config.vocab_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_local_heads=config.num_key_value_heads,
+        dim=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        rope_base=rope["rope_theta"],
+        norm_eps=config.rms_norm_eps,
+        rope_scaling=rope if rope["rope_type"] == "llama3" else None,
+    )
+    state = {}
+    for name, tensor in interleaved(files.hf, config):
+        for hfs, its in GPT_FAST_NAMES.items():
+            name = name.replace(hfs, its)
+        state[name] = tensor.to(getattr(torch, case.dtype))
+    state.setdefault("output.weight", state["tok_embeddings.weight"])
+    with torch.device("meta"):
+        model = Transformer(args)
+    model.load_state_dict(state, assign=True)
+    model.setup_caches(case.batch, case.cache)
+    return model
+
+
+# ---- all of them, in the order of the tables
+
+BATCH = ("bf16", "fp32", "batch")
+LENGTH = (*BATCH, "length")
+CACHE = (*LENGTH, "cache")
+ENTRIES = (
+    LlamaNeuron("llama_neuron eager", CACHE),
+    LlamaNeuron("llama_neuron sdpa", CACHE, attn="sdpa"),
+    LlamaNeuron("llama_neuron flash", LENGTH, attn="flash"),
+    LlamaNeuron("llama_neuron compile", CACHE, compiled=True),
+    LlamaNeuron("llama_neuron eager, tp 2", BATCH, tp=2),
+    LlamaNeuron("llama_neuron compile, tp 2", BATCH, tp=2, compiled=True),
+    HuggingFace("HF sdpa", LENGTH),
+    HuggingFace("HF eager", BATCH, attn="eager"),
+    HuggingFace("HF static", ("bf16",), cache="static"),
+    HuggingFace("HF static compile", ("bf16",), cache="static", compiled=True),
+    LlamaCpp("llama.cpp", ("bf16", "fp32")),
+    GptFast("gpt-fast eager", ("bf16",)),
+    GptFast("gpt-fast compile", ("bf16",), compiled=True),
+)
+COMPETITORS = {entry.name: entry for entry in ENTRIES}
+BASELINE = "HF sdpa"  # what ratios are taken against
