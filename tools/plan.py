@@ -69,8 +69,8 @@ def count_weights(config: LlamaConfig, neuron: NeuronConfig) -> tuple[int, int, 
     return weights, copies, tp * weights - copies - original
 
 
-def plan(config: LlamaConfig, neuron: NeuronConfig) -> dict:
-    """What `neuron.tp_degree` ranks take.
+def plan(config: LlamaConfig, neuron: NeuronConfig, limit: int) -> dict:
+    """What `neuron.tp_degree` ranks take, of a model whose texts have up to `limit` tokens.
 
     Of one rank: heads, bytes of weights and KV cache, and the bytes of cache for 1,000 more tokens in each row or for
     one more row. Of all ranks: heads of zeros, bytes of copies and of padding. Of each instance: whether weights and
@@ -83,7 +83,6 @@ def plan(config: LlamaConfig, neuron: NeuronConfig) -> dict:
     weights, copies, padding = count_weights(config, neuron)
     token = 2 * config.num_hidden_layers * len(kv_heads) * config.head_dim * size  # bytes of K and V in one row
     row = neuron.sequence_length * token
-    limit = min(config.max_position_embeddings, neuron.max_sequence_length or config.max_position_embeddings)
     fits, longest, largest = {}, {}, {}
     for name, (gigabytes, degrees) in INSTANCES.items():
         room = max(0, gigabytes * 10**9 - weights * size)
@@ -164,11 +163,11 @@ def main() -> None:
     args = parser.parse_args()
 
     hf_config = read_config(args.hf)
-    config, limit = llama_config(hf_config), length_limit(hf_config)
-    length = args.sequence_length or min(2048, config.max_position_embeddings, limit or 2048)
-    neuron = NeuronConfig(torch_dtype=hf_config.get("dtype", "bfloat16"), max_sequence_length=limit)
-    neuron = neuron.with_shape(args.batch_size, length)
-    plans = [plan(config, replace(neuron, tp_degree=tp)) for tp in args.tp]
+    config, static_limit = llama_config(hf_config), length_limit(hf_config)
+    limit = min(hf_config["max_position_embeddings"], static_limit or 10**9)
+    neuron = NeuronConfig(torch_dtype=hf_config.get("dtype", "bfloat16"), max_sequence_length=static_limit)
+    neuron = neuron.with_shape(args.batch_size, args.sequence_length or min(2048, limit))
+    plans = [plan(config, replace(neuron, tp_degree=tp), limit) for tp in args.tp]
     if args.json:
         print(json.dumps(plans, indent=2))
     else:

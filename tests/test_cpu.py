@@ -1,0 +1,425 @@
+"""`cpu/`, with toy modules: the process group against what torch stacks and sums, compiled code against eager code."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpu import compiled, shared_memory
+
+# ---- ranks
+
+
+def fork_ranks(process: int, work: Callable, ranks: int, args: tuple) -> None:
+    torch.set_num_threads(1)
+    shared_memory.start_ranks(lambda rank: work(rank, ranks, *args), ranks)
+
+
+def on_ranks(ranks: int, work: Callable, *args: object) -> None:
+    """work(rank, ranks, *args) on ranks that are forked from a process that has computed nothing, as a command's are.
+
+    Raises what a rank raises.
+    """
+    parent = mp.start_processes(fork_ranks, (work, ranks, args), join=False, start_method="spawn")
+    done = parent.join(300)
+    if not done:
+        parent.processes[0].kill()  # and with it the ranks, see torch.multiprocessing
+    assert done, "a rank waits forever"
+
+
+SLOT = shared_memory.SLOT
+LARGE = ((3, 240_007), torch.float32)  # of three pieces, the last of them short
+FULL = ((SLOT // 2,), torch.bfloat16)  # just one piece
+SMALL = [((1, 1, 7), torch.float32), ((2, 5), torch.bfloat16), ((4,), torch.int64), ((), torch.float16)]
+
+
+def numbers(rank: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What a rank sends in a turn: whole numbers, so small that sums of them are exact in bfloat16."""
+    values = torch.arange(torch.Size(shape).numel()) + 31 * rank + 7 * turn
+    return (values % 85 - 42).to(dtype).view(shape)
+
+
+def exchange_in_turns(rank: int, ranks: int) -> None:
+    for turn in range(200):
+        if (turn + rank) % 10 == 0:
+            time.sleep(0.002)  # so that each rank is late at some time, and the others are one exchange ahead of it
+        for shape, dtype in SMALL if turn % 20 else [*SMALL, FULL, LARGE]:
+            x = numbers(rank, turn, shape, dtype)
+            everyone = [numbers(sender, turn, shape, dtype) for sender in range(ranks)]
+            gathered = [torch.empty_like(x) for _ in range(ranks)]
+            dist.all_gather(gathered, x)
+            assert all(map(torch.equal, gathered, everyone)), (turn, shape, dtype)
+            dist.all_reduce(x)
+            assert torch.equal(x, torch.stack(everyone).sum(0, dtype=dtype)), (turn, shape, dtype)
+
+
+def test_late_ranks_gather_and_sum_what_torch_does() -> None:
+    on_ranks(3, exchange_in_turns)
+
+
+def exchange_strided(rank: int, ranks: int) -> None:
+    for shape, dtype in [((2, 5), torch.bfloat16), ((64, 4099), torch.float32)]:  # of two pieces
+        everyone = [numbers(sender, 0, shape, dtype).T for sender in range(ranks)]
+        x = everyone[rank]
+        assert not x.is_contiguous()
+        gathered = [torch.empty_like(x) for _ in range(ranks)]
+        dist.all_gather(gathered, x)
+        assert all(map(torch.equal, gathered, everyone))
+        root = x.clone()
+        dist.broadcast(root, src=1)
+        assert torch.equal(root, everyone[1])
+        summed = x.clone()
+        dist.all_reduce(summed)
+        assert torch.equal(summed, torch.stack(everyone).sum(0))
+
+
+def test_tensors_that_are_not_contiguous_keep_their_order() -> None:
+    on_ranks(3, exchange_strided)
+
+
+def sum_random(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    everyone = x.new_empty(ranks, 1000)
+    dist.all_gather_single(everyone, x)
+    bound = ranks * torch.finfo(dtype).eps * everyone.double().abs().sum(0)
+    dist.all_reduce(x)
+    assert ((x.double() - everyone.double().sum(0)).abs() <= bound).all()
+    sums = x.new_empty(ranks, 1000)
+    dist.all_gather_single(sums, x)
+    assert all(torch.equal(other, x) for other in sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_have_the_same_bits_on_every_rank(dtype: torch.dtype) -> None:
+    on_ranks(3, sum_random, dtype)
+
+
+def meet(rank: int, ranks: int, flag: Path) -> None:
+    objects = [{"rank": rank}, "x" * rank]
+    dist.broadcast_object_list(objects, src=1)
+    assert objects == [{"rank": 1}, "x"]
+    if rank == 0:
+        time.sleep(0.3)
+        flag.touch()
+    start = time.process_time()
+    dist.barrier()
+    assert flag.exists()
+    assert time.process_time() - start < 0.2  # a rank that waits leaves its core to the one that works
+    dist.all_reduce(torch.ones(3))  # and what follows is not confused
+    dist.barrier()
+
+
+def test_a_barrier_holds_all_ranks_until_the_last(tmp_path: Path) -> None:
+    on_ranks(3, meet, tmp_path / "flag")
+
+
+def take_largest(rank: int, ranks: int) -> None:
+    dist.all_reduce(torch.ones(2), op=dist.ReduceOp.MAX)
+
+
+def test_another_reduction_than_a_sum_is_refused() -> None:
+    with pytest.raises(mp.ProcessRaisedException, match="NotImplementedError: ranks that share memory can add up"):
+        on_ranks(2, take_largest)
+
+
+def leave_others_alone(rank: int, ranks: int) -> None:
+    if rank == 1:
+        sys.exit(7)
+    dist.all_reduce(torch.ones(2))
+
+
+def test_a_rank_that_exits_ends_the_others_and_gives_its_code() -> None:
+    with pytest.raises(mp.ProcessExitedException, match="exit code 7"):
+        on_ranks(3, leave_others_alone)
+
+
+# ---- compiled code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("code")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a cache that is written in place: 6 query heads, 2 KV heads of 8 numbers."""
+
+    def __init__(self, slots: int, batch: int, fused: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.fused = fused
+        self.norm = nn.RMSNorm(24, dtype=dtype)
+        self.qkv = nn.Linear(24, 80, dtype=dtype)
+        self.out = nn.Linear(48, 24, bias=False, dtype=dtype)
+        self.register_buffer("k", torch.zeros(batch, 2, slots, 8, dtype=dtype))
+        self.register_buffer("v", torch.zeros(batch, 2, slots, 8, dtype=dtype))
+
+    def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 10, 8).transpose(1, 2).split((6, 2, 2), dim=1)
+        row = torch.arange(B)[:, None]
+        self.k[row, :, positions] = k.transpose(1, 2)
+        self.v[row, :, positions] = v.transpose(1, 2)
+        k, v = self.k[:, :, : mask.shape[-1]], self.v[:, :, : mask.shape[-1]]
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=0.3, enable_gqa=True)
+        else:
+            scores = torch.matmul(q.reshape(B, 2, 3 * T, 8), k.transpose(2, 3)) * 0.3
+            scores = torch.where(mask[:, None, None], scores.view(B, 2, 3, T, -1), -1e9)
+            weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+            y = torch.matmul(weights.view(B, 2, 3 * T, -1), v)
+        return x + self.out(y.reshape(B, 6, T, 8).transpose(1, 2).reshape(B, T, 48))
+
+
+class Toy(nn.Module):
+    """Two layers and a head; called with x [B,T,24] for the positions from `start` on, it reads `length` slots."""
+
+    def __init__(self, slots: int, batch: int = 1, fused: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Attention(slots, batch, fused, dtype) for _ in range(2))
+        self.head = nn.Linear(24, 50, bias=False, dtype=dtype)
+        self.example = torch.zeros(batch, 1, 24, dtype=dtype)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, start: int, length: int) -> Tensor:
+        positions = torch.arange(start, start + x.shape[1], dtype=torch.int32).expand(x.shape[:2])
+        mask = torch.arange(length) <= positions[..., None]
+        for layer in self.layers:
+            x = layer(x, mask, positions)
+        return self.head(x).float()
+
+    def compile(self, folder: Path) -> "Toy":
+        run = partial(self, self.example, start=0, length=1)
+        compiled.compile_one_row(run, [self.layers, [self.head]], "toy", folder, float32=[self.head])
+        return self
+
+
+@pytest.mark.parametrize(
+    ("batch", "fused", "slots", "prompt"),
+    [
+        (1, False, 600, 5),
+        (1, False, 600, 500),  # a text that outgrows any example
+        (1, False, 600, 1),  # a prompt of one row is read by compiled code
+        (1, False, 2, 1),  # a cache that is as long as the text
+        (1, True, 600, 5),
+        (1, True, 2, 1),
+        (2, False, 600, 5),
+        (2, False, 2, 1),  # positions of a batch are one number, expanded: strides that code does not know
+    ],
+)
+def test_compiled_rows_are_eager_rows_at_every_length(
+    batch: int, fused: bool, slots: int, prompt: int, folder: Path
+) -> None:
+    ours, eager = Toy(slots, batch, fused).compile(folder), Toy(slots, batch, fused)
+    files = {path.name for path in folder.iterdir()}
+    assert len([name for name in files if name.startswith("Attention-")]) <= 3  # a code serves every length
+    x = torch.randn(batch, slots, 24, generator=torch.Generator().manual_seed(1))
+    steps = [(0, prompt), *((token, token + 1) for token in range(prompt, min(slots, prompt + 40)))]
+    for start, stop in steps:
+        expected = eager(x[:, start:stop], start, length=stop)
+        torch.testing.assert_close(ours(x[:, start:stop], start, length=stop), expected, rtol=0, atol=1e-5)
+    for mine, theirs in zip(ours.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+        assert torch.count_nonzero(mine[:, :, : steps[-1][1]]) == mine[:, :, : steps[-1][1]].numel()
+
+
+class Products(TorchDispatchMode):
+    """Collects torch's own products. Those of compiled code are loops of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen |= {op.overloadpacket.__name__} & {"mm", "addmm", "bmm"}
+        return op(*args, **(kwargs or {}))
+
+
+def test_layers_share_code_and_have_their_own_weights(folder: Path) -> None:
+    ours, eager, x = Toy(9).compile(folder), Toy(9), torch.randn(1, 1, 24)
+    assert not torch.equal(ours.layers[0].qkv.weight, ours.layers[1].qkv.weight)
+    with Products() as torchs:
+        expected = eager(x, 0, length=1)
+    with Products() as compileds:
+        y = ours(x, 0, length=1)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+    assert torchs.seen == {"mm", "addmm", "bmm"} and compileds.seen == set()
+
+
+def test_a_float32_module_is_not_rounded_to_its_weights_dtype(folder: Path) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(24, 50, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(1, 1, 24).bfloat16()
+    compiled.compile_one_row(partial(head, x), [[head]], "head", folder, float32=[head])
+    y = head(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), F.linear(x.double(), head.weight.double()), rtol=0, atol=1e-6)
+
+
+class Activated(nn.Module):
+    """Two of them differ in nothing but a function: no shape, no source file."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.eye(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(F.linear(x, self.weight))
+
+
+def test_the_key_and_the_group_tell_modules_apart(folder: Path) -> None:
+    x = torch.tensor([[-2.0, 1.0, 3.0]])
+    relu, gelu, tanh = Activated(F.relu), Activated(F.gelu), Activated(torch.tanh)
+    compiled.compile_one_row(lambda: (relu(x), gelu(x)), [[relu], [gelu]], "relu and gelu", folder)
+    compiled.compile_one_row(lambda: tanh(x), [[tanh]], "tanh", folder)
+    for module, function in ((relu, F.relu), (gelu, F.gelu), (tanh, torch.tanh)):
+        torch.testing.assert_close(module(x), function(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "own"), [(1, False), (2, True)])
+def test_only_a_single_row_is_multiplied_and_summed(rows: int, own: bool) -> None:
+    program = torch.export.export(nn.Linear(8, 4), (torch.randn(rows, 1, 8),)).run_decompositions(compiled.ONE_ROW)
+    targets = {node.target for node in program.graph.nodes}
+    assert (torch.ops.aten.linear.default in targets) == own
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 2048), (6, 8192), (3, 4100)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-6)])  # one rounding; sums
+def test_a_product_of_long_rows_is_summed_plainly(rows: int, columns: int, dtype: torch.dtype, bound: float) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, 1, columns), (rows, columns), (rows,)))
+    torch._dynamo.reset()
+    y, code = run_and_get_code(torch.compile(compiled.linear, fullgraph=True), x, weight, bias)
+    assert "Cascade" not in "".join(code)  # the sum that takes twice the time
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert (y.double() - expected).abs().max() < bound * expected.abs().max()
+
+
+RUN_KEPT = """
+import sys, torch
+from pathlib import Path
+from test_cpu import Toy
+torch.set_num_threads(1)
+toy = Toy(9).compile(Path(sys.argv[1]))
+y = toy(torch.ones(1, 1, 24), 0, length=1)
+print(float((y - Toy(9)(torch.ones(1, 1, 24), 0, length=1)).abs().max()) < 1e-5, "torch._inductor" in sys.modules)
+"""
+
+
+def test_code_that_was_kept_is_used_without_the_compiler(folder: Path) -> None:
+    Toy(9).compile(folder)
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = os.environ | {"PYTHONPATH": paths, "CXX": "no-such-compiler"}
+    run = [sys.executable, "-c", RUN_KEPT, str(folder)]
+    ran = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert (ran.stdout, ran.returncode) == ("True False\n", 0), ran.stderr
+
+
+class Sharded(nn.Module):
+    """A rank's slice of a product over columns, then one over rows; the second part is gathered."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        up, down = torch.randn(ranks * 4, 6), torch.randn(6, ranks * 4)
+        self.whole = up, down
+        self.up = nn.Parameter(up.chunk(ranks)[rank].clone(), requires_grad=False)
+        self.down = nn.Parameter(down.chunk(ranks, dim=1)[rank].contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops, group = torch.ops._c10d_functional, dist.group.WORLD
+        y = F.relu(F.linear(x, self.up))
+        summed = ops.wait_tensor(ops.all_reduce(F.linear(y, self.down), "sum", group.group_name))
+        gathered = ops.wait_tensor(ops.all_gather_into_tensor(y, group.size(), group.group_name))
+        return torch.cat((summed, *gathered.chunk(group.size())), dim=-1)
+
+
+def compile_sharded(rank: int, ranks: int, folder: Path) -> None:
+    module = Sharded(rank, ranks)
+    x = torch.randn(1, 6, generator=torch.Generator().manual_seed(1))
+    up, down = module.whole
+    y = F.relu(F.linear(x, up))
+    expected = torch.cat((F.linear(y, down), y), dim=-1)
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+    compiled.compile_one_row(partial(module, x), [[module]], "sharded", folder)
+    for _ in range(50):
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+
+
+def test_collectives_are_ops_of_compiled_code(folder: Path) -> None:
+    on_ranks(2, compile_sharded, folder)
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def gloo_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ranks_that_exchange_over_gloo_are_refused(gloo_group: None, folder: Path) -> None:
+    with pytest.raises(ValueError, match="would wait for gloo forever"):
+        Toy(9).compile(folder)
+
+
+class HalfAsLong(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + sum(part.sum() for part in mask.split(100, dim=-1))
+
+
+def test_code_that_would_depend_on_a_length_is_refused(folder: Path) -> None:
+    module, x, mask = HalfAsLong(), torch.zeros(1, 3), torch.ones(1, 1, 5, dtype=torch.bool)
+    with pytest.raises(mp.ProcessRaisedException, match=r"Not all values of length = .* satisfy"):
+        compiled.compile_one_row(lambda: module(x, mask), [[module]], "", folder)
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"):
+        Toy(9).compile(tmp_path / "file")
+
+
+def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
+        Toy(9).compile(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", None])
+def test_check_asks_for_a_compiler(compiler: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.check()
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    else:
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    line = (
+        f"ahead-of-time code needs a C[+][+] compiler, {compiler or 'g[+][+]'} is not there: install g[+][+] or set CXX"
+    )
+    with pytest.raises(OSError, match=f"^{line}$"):
+        compiled.check()
+
+
+def test_check_asks_for_a_newer_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    with pytest.raises(OSError, match=r"^ahead-of-time code needs torch 2.13, this is 2.9.1[+]cpu$"):
+        compiled.check()
