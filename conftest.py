@@ -141,9 +141,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hf_model(path: Path, dtype: torch.dtype):
     import transformers
 
-    model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
-    model.generation_config.eos_token_id = None
-    return model
+    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
 
 @torch.inference_mode()
@@ -151,6 +149,7 @@ def hf_generate(model, ids: Tensor, new_tokens: int):
     """HF's `generate` of ids [B,P]: greedy, without an end; with logits and hidden states of each step."""
     import transformers
 
+    model.generation_config.eos_token_id = None
     settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     settings.output_logits = settings.output_hidden_states = settings.return_dict_in_generate = True
     return model.generate(ids, settings, attention_mask=torch.ones_like(ids))

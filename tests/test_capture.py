@@ -224,7 +224,7 @@ def test_the_command_refuses_what_is_not_there_in_one_line(tmp_path: Path) -> No
     done = command("-m", "tools.capture", "--ckpt", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"capture.py: error: --ckpt {tmp_path / 'none'} holds no finished conversion")
+    assert line.startswith(f"capture.py: error: --ckpt {tmp_path / 'none'} is no finished conversion")
 
 
 MISTAKES = {

@@ -88,14 +88,18 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Ran]:
-    """Calls the `main` of a command in this process, which has imported torch and transformers already."""
+    """Runs a command in this process, which has imported torch and transformers already."""
+    mains = {
+        convert_weights: convert_weights.main,
+        llama_neuron: lambda: llama_neuron.start(llama_neuron.parse_args(), llama_neuron.run),
+    }
 
     def run_in_this_process(script: ModuleType, *arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, arguments)])
         capsys.readouterr()  # what transformers may have said before
         code = 0
         try:
-            llama_neuron.run_command(script.main)
+            llama_neuron.run_command(mains[script])
         except SystemExit as stop:
             code = stop.code
         return Ran(code, *capsys.readouterr())

@@ -169,8 +169,8 @@ def refusal(*args: object, **environment: str) -> str:
     return ran.stderr.removeprefix(f"{COMMAND}: error: ").rstrip("\n")
 
 
-def test_without_a_compiler_one_line_says_what_to_install(converted: Callable) -> None:
-    line = refusal("--ckpt", converted(ODD), CXX="no-such-compiler")
+def test_without_a_compiler_one_line_says_what_to_install(converted: Callable, tmp_path: Path) -> None:
+    line = refusal("--ckpt", converted(ODD), CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert line.endswith("needs a C++ compiler, no-such-compiler is not there: install g++ or set CXX")
 
 
