@@ -2,7 +2,7 @@
 
 A port to Neuron changes four things: layers are split over ranks (tensor parallelism), the KV cache has a fixed size,
 every shape is known before the first token, and the rank is read from the checkpoint. Each class says which HF class it
-stands beside, what differs, and why. What is not mentioned is as in HF.
+stands beside, what differs, and why. The rest is as in HF.
 
 Shapes: B batch, T new tokens, S cache slots, E hidden size, H query heads and K key/value heads of one rank, G = H/K,
 D head_dim, V vocabulary.
@@ -156,8 +156,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq  # B T D/2
         emb = torch.cat((freqs, freqs), dim=-1)[:, None]  # B 1 T D
-        cos, sin = emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
 
 
 def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
@@ -174,7 +173,7 @@ def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """HF's `rotate_half`: the two halves of each head swap places, and the new first half is negated."""
+    """HF's `rotate_half`: the halves of each head swap places, and the new first one is negated."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
@@ -244,8 +243,10 @@ def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scalin
 
 def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 1) on the same shapes: blocks of the cache with a
-    running maximum, sum and output in float32, so that no [T,S] scores exist. Why: a long prefill on a NeuronCore takes
-    this, in NxDI and Optimum from an NKI kernel."""
+    running maximum, sum and output in float32. No [T,S] scores exist. Why: long prefills in NxDI and Optimum take it,
+    from an NKI kernel."""
+    if q.shape[2] == 1:  # one row of scores is small
+        return eager_attention_forward(q, k, v, mask, scaling)
     B, K, S, D = k.shape
     queries = q.reshape(B, K, -1, D).float() * scaling  # B K G*T D
     output, total = torch.zeros_like(queries), torch.zeros_like(queries[..., :1])  # B K G*T D, B K G*T 1
@@ -267,8 +268,8 @@ ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward, "
 
 # ---- tensor parallelism
 #
-# What Llama needs of NxD's `parallel_layers.layers`, under NxD's names, so that either can supply the layers. Weights
-# are shards from the start: nothing here ever holds a whole matrix.
+# What Llama needs of NxD's `parallel_layers.layers`, by NxD's names, so that either can supply it. Weights are shards
+# from the start: nothing holds a whole matrix.
 
 Heads = list[int | None]  # HF's numbers of the heads on one rank, in order; None stands for a head of zeros
 
@@ -305,7 +306,7 @@ def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
     tp = tp_size()
     if tp == 1:
         return x
-    # functional collectives: only they become ops of a graph
+    # functional collectives become ops of a graph
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, dist.group.WORLD.group_name)
     return torch.cat(torch.ops._c10d_functional.wait_tensor(gathered).chunk(tp), dim=-1)
 
@@ -325,8 +326,8 @@ def divide(size: int, pad: bool) -> int:
 
 
 class SPMDRank(nn.Module):
-    """NxD's `SPMDRank`: the rank, int32 [1], from the shard. Why: one graph, traced as rank 0, serves all ranks;
-    `dist.get_rank()` in a forward would be traced as 0."""
+    """NxD's `SPMDRank`: the rank, int32 [1], from the shard. Why: one graph, traced as rank 0, serves all ranks, and
+    `dist.get_rank()` would be 0 in it."""
 
     def __init__(self, world_size: int):
         super().__init__()
@@ -438,7 +439,7 @@ class LlamaAttention(nn.Module):
     """Beside HF's `LlamaAttention` (NxDI's and Optimum's `NeuronAttentionBase`).
 
     Differs: q_proj, k_proj and v_proj are one `Wqkv`, sharded by heads: a rank's q, its k, its v. Why: one large
-    product keeps a NeuronCore busier than three small ones. No head looks at another: a single all-reduce is enough.
+    product keeps a NeuronCore busier than three small ones. No head needs another: a single all-reduce is enough.
     """
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
@@ -478,7 +479,6 @@ class LlamaDecoderLayer(nn.Module):
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states = residual + self.self_attn(hidden_states, cos, sin, mask, position_ids)
-
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         return residual + self.mlp(hidden_states)
@@ -486,7 +486,7 @@ class LlamaDecoderLayer(nn.Module):
 
 class LlamaModel(nn.Module):
     """Beside HF's `LlamaModel`. Differs: embed_tokens is sharded, and the causal mask compares cache slots with
-    positions, so that prefill, chunks and decode are one forward at different T."""
+    positions, so that prefill, chunks and decode are one forward."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
@@ -511,7 +511,7 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     """Beside HF's `LlamaForCausalLM`. Differs: lm_head is sharded by vocabulary, padded until tp divides it. To choose
-    a token, the ranks exchange one (value, index) pair each, not their logits."""
+    a token, ranks exchange a (value, index) pair each, not logits."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
@@ -551,7 +551,7 @@ class LlamaForCausalLM(nn.Module):
 
 
 def shard_path(ckpt: str | Path, rank: int) -> Path:
-    """A rank's file, under NxD's name."""
+    """A rank's file, by NxD's name."""
     return Path(ckpt, f"tp{rank}_sharded_checkpoint.safetensors")
 
 
@@ -560,11 +560,11 @@ def sha256(data: bytes) -> str:
 
 
 def check_seal(ckpt: str | Path, ranks: Iterable[int]) -> None:
-    """Raises UsageError unless the JSON files and the shards of `ranks` are as a conversion wrote them."""
+    """Raises UsageError if the JSON files or the shards of `ranks` are not as a conversion wrote them."""
     path = Path(ckpt, "neuron_config.json")
     if not path.exists():
-        command = f"python convert_weights.py --hf {ckpt} --out ./weights --tp 1"
-        raise UsageError(f"--ckpt {ckpt} is no finished conversion: convert it (again), `{command}`")
+        make = f"python convert_weights.py --hf {ckpt} --out ./weights --tp 1"
+        raise UsageError(f"--ckpt {ckpt} is no finished conversion: make one, `{make}`")
     try:
         settings = path.read_bytes()
         for name, digest in json.loads(settings)["sha256"].items():
@@ -591,7 +591,7 @@ def read_shard(ckpt: str | Path, rank: int) -> dict[str, Tensor]:
 def load_model(
     ckpt: str | Path, rank: int = 0, *, batch_size=None, sequence_length=None, device="cpu", parts: Parts | None = None
 ) -> LlamaForCausalLM:
-    """One rank's model, from a directory that `convert_weights.py` wrote for as many ranks as the process group has.
+    """One rank's model, from a directory of `convert_weights.py` for as many ranks as the process group has.
 
     batch_size and sequence_length default to the conversion's, `parts` to the device's. TorchNeuron compiles each
     length when it is first called. Raises UsageError if files or ranks do not fit.
@@ -613,7 +613,7 @@ def load_model(
 
 
 def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronConfig) -> None:
-    """Raises UsageError if prompts do not fit the batch, the cache or the vocabulary."""
+    """Raises UsageError if they do not fit the batch, the cache or the vocabulary."""
     if not 0 < len(prompts) <= neuron.batch_size:
         raise UsageError(f"{len(prompts)} prompts do not fit --batch-size {neuron.batch_size}: raise it")
     longest, largest = neuron.sequence_length - 1, config.vocab_size - 1
@@ -628,7 +628,7 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 def generate(
     model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int, eos_token_ids: list[int], on_step=None
 ) -> list[list[int]]:
-    """Greedy decoding: the new tokens of each prompt. `on_step` is called with those so far, after each step.
+    """Greedy decoding: the new tokens of each prompt. `on_step` gets those so far, after each step.
 
     A text ends with an EOS token, after max_new_tokens, or when the cache is full. Rows that have ended, or have no
     prompt, are computed and ignored: the batch is static. Raises UsageError if prompts do not fit.
@@ -655,12 +655,11 @@ def generate(
 
 def prefill(model: LlamaForCausalLM, rows: list[list[int]], ends: Tensor) -> Tensor:
     """The first new token of each row [B]. Prompts are padded on the right to one length, and read at once or in
-    chunks; the choice made in the chunk that holds a row's end overwrites those before."""
-    longest, chunk = int(ends.max()), model.neuron_config.prefill_chunk_size
-    if chunk is None:
-        chunk = longest
-        if model.static:
-            chunk = min(size for size in model.neuron_config.prefill_lengths() if size >= longest)
+    chunks; a row's choice is that of the chunk that holds its end."""
+    neuron, longest = model.neuron_config, int(ends.max())
+    chunk = neuron.prefill_chunk_size or longest
+    if model.static:
+        chunk = min((size for size in neuron.prefill_lengths() if size >= longest), default=chunk)
     new = torch.zeros_like(ends)
     for start in range(0, longest, chunk):
         stop = start + chunk
@@ -672,7 +671,7 @@ def prefill(model: LlamaForCausalLM, rows: list[list[int]], ends: Tensor) -> Ten
 
 
 def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, length: int) -> Tensor:
-    """One call of the model, which reads `length` slots of the cache, or all if it is static."""
+    """One call of the model: it reads `length` slots of the cache, or all if it is static."""
     slots = model.neuron_config.sequence_length
     positions = positions.clamp(max=slots - 1)  # of padding, and of rows that have ended
     device = next(model.parameters(), ids).device  # an NxDModel shows none, and takes the host's tensors
@@ -688,9 +687,9 @@ def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor
 def compile_nxd(
     ckpt: str | Path, *, batch_size=None, sequence_length=None, parts: Parts, model_class=LlamaForCausalLM
 ) -> nn.Module:
-    """All ranks on this host's NeuronCores (Trn1, Inf2), in one process; called like `LlamaForCausalLM`, with `last`.
+    """All ranks on this host's NeuronCores (Trn1, Inf2), in one process. Call it like the model, with `last`.
 
-    NxD's ModelBuilder traces each graph once, as rank 0, which takes `compile_s`: decoding, and each length of prefill.
+    NxD's ModelBuilder traces each graph (decoding, each length of prefill) once, as rank 0, which takes `compile_s`.
     They are kept beside the shards, under a digest of all they depend on.
     """
     import torch_neuronx
@@ -727,7 +726,8 @@ def compile_decode(model: LlamaForCausalLM) -> None:
     from cpu.compiled import compile_one_row
 
     token = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)
-    key = repr((model.config, replace(model.neuron_config, sequence_length=1)))
+    neuron, attention = replace(model.neuron_config, sequence_length=1), model.model.layers[0].self_attn.attention
+    key = repr((model.config, neuron, attention.__name__))
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")).expanduser()
     run, groups = partial(model, token, token, length=1), [model.model.layers, [model.lm_head]]
     compile_one_row(run, groups, key, folder, float32=[model.lm_head])
@@ -749,10 +749,10 @@ def integers(text: str) -> list[int]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command; a mistake or a file that fails ends it: one line on stderr, exit code 2."""
+    """Runs a command. A mistake or a file that fails ends it in one line, with exit code 2."""
     try:
         main()
-    except (UsageError, OSError) as error:
+    except (UsageError, ImportError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -776,8 +776,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose_device(asked: str) -> str:
-    """What --device means here. NxD runs on torch-xla; TorchNeuron also calls its package torch_neuronx, but comes
-    without torch-xla. Raises UsageError if the device is not available."""
+    """What --device means here. NxD needs torch-xla; TorchNeuron's package is named torch_neuronx too, but comes
+    without it. Raises UsageError if the device is not available."""
     xla, neuronx, nxd = (find_spec(name) for name in ("torch_xla", "torch_neuronx", "neuronx_distributed"))
     available = {"nxd": nxd and xla, "neuron": neuronx and not xla, "cpu": True, "cuda": torch.cuda.device_count()}
     if asked == "auto":
@@ -788,7 +788,7 @@ def choose_device(asked: str) -> str:
 
 
 def run(args: argparse.Namespace, rank: int) -> None:
-    """The work of one rank: load, generate, and on rank 0 print."""
+    """One rank's work: load, generate, and on rank 0 print."""
     began, parts = time.perf_counter(), Parts.of_device(args.device, args.attn)
     shape = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
     if args.device == "nxd":
@@ -848,7 +848,7 @@ def run(args: argparse.Namespace, rank: int) -> None:
 
 
 def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], None]) -> None:
-    """Calls work(args, rank) on --tp ranks: by cpu/ on a CPU, if that folder is there, else by torchrun."""
+    """Calls work(args, rank) on --tp ranks: by cpu/ on a CPU if it is there, else by torchrun."""
     args.device, args.tokenizer, rank = choose_device(args.device), None, int(os.environ.get("RANK", 0))
     torchrun, has_cpu = "TORCHELASTIC_RUN_ID" in os.environ, args.device == "cpu" and find_spec("cpu")
     if args.compile and (torchrun or not has_cpu):

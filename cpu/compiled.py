@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -157,6 +159,8 @@ def compile_file(number: int, jobs: list[tuple], scratch: str) -> None:
         "aot_inductor.output_path": scratch,
     }
     torch.set_num_threads(1)  # the other threads were not forked
+    if "tqdm" in sys.modules:  # torch.fx draws a bar, and a thread of the parent may have held its lock at the fork
+        sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
     warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
     with torch.no_grad():
         program = torch.export.export(stateless, arguments, dynamic_shapes=dynamic_shapes)
