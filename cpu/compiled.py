@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -18,12 +20,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from shutil import which
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from cpu.kept import Kept, open_folder
+from cpu.ranks import die_with_parent, fork
 
 
 def check() -> None:
@@ -31,7 +34,7 @@ def check() -> None:
     if torch.__version__ < "2.13":
         raise OSError(f"ahead-of-time code needs torch 2.13, this is {torch.__version__}")
     compiler = os.environ.get("CXX", "g++")
-    if which(compiler) is None:
+    if shutil.which(compiler) is None:
         raise OSError(f"ahead-of-time code needs a C++ compiler, {compiler} is not there: install g++ or set CXX")
 
 
@@ -129,7 +132,7 @@ def example_arguments(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tu
     return (state, tuple(rows)), any_length
 
 
-def file_name(module: nn.Module, arguments: tuple, *depends_on: object) -> str:
+def code_name(module: nn.Module, arguments: tuple, *depends_on: object) -> str:
     """A name that changes with all that the code of a module depends on."""
     state, inputs = arguments
     sources = {Path(__file__)}
@@ -143,12 +146,15 @@ def file_name(module: nn.Module, arguments: tuple, *depends_on: object) -> str:
     tensors = [(name, x.shape, x.stride(), x.dtype) for name, x in [*state.items(), *enumerate(inputs)]]
     texts = [source.read_text() for source in sorted(sources)]
     digest = hashlib.sha256(repr((depends_on, machine, group, tensors, texts)).encode()).hexdigest()
-    return f"{type(module).__name__}-{digest[:16]}.so"
+    return f"{type(module).__name__}-{digest[:16]}"
 
 
-def compile_file(number: int, jobs: list[tuple], scratch: str) -> None:
+def compile_file(jobs: list[tuple], scratch: str, number: int) -> None:
     """Compiles one of the jobs, in a process of its own, with which the memory for it goes."""
-    stateless, arguments, dynamic_shapes, file = jobs[number]
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, partial(abandon, scratch))
+    die_with_parent(signal.SIGTERM)
+    stateless, arguments, dynamic_shapes, kept = jobs[number]
     options = {
         # a normed row is kept, not computed again for every row of each weight: 0.9 x the time of a token
         "realize_reads_threshold": 1,
@@ -158,6 +164,8 @@ def compile_file(number: int, jobs: list[tuple], scratch: str) -> None:
         "aot_inductor.precompile_headers": False,  # which would pay from the third file on
         "aot_inductor.output_path": scratch,
     }
+    os.environ["TMPDIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # for the compiler's temporary files
+    tempfile.tempdir = None
     torch.set_num_threads(1)  # the other threads were not forked
     if "tqdm" in sys.modules:  # torch.fx draws a bar, and a thread of the parent may have held its lock at the fork
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
@@ -166,9 +174,15 @@ def compile_file(number: int, jobs: list[tuple], scratch: str) -> None:
         program = torch.export.export(stateless, arguments, dynamic_shapes=dynamic_shapes)
         graph = program.run_decompositions(ONE_ROW).module()
         made = Path(torch._inductor.aot_compile(graph, arguments, options=options))
-    if made.with_suffix(".json").exists():  # about ops without an interface in C, such as all_gather_into_tensor
-        os.replace(made.with_suffix(".json"), file.with_suffix(".json"))
-    os.replace(made, file)  # the last: where it is, all is
+    kept.keep(made)
+
+
+def abandon(scratch: str, *_: object) -> None:
+    """Ends a compilation that nobody waits for, with the compiler's processes and files."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def compiled_forward(
@@ -186,7 +200,7 @@ def compile_one_row(
     run: Callable[[], object],
     groups: Sequence[Sequence[nn.Module]],
     key: str,
-    folder: str | Path,
+    folder: str | Path | None = None,
     float32: Sequence[nn.Module] = (),
 ) -> None:
     """Gives modules a forward that runs compiled code if it gets as many numbers as in `run`, else their own.
@@ -197,10 +211,12 @@ def compile_one_row(
     are written in place) and for the last dimension of bool inputs (masks); other shapes, and dtypes, stay as in `run`.
     Modules in `float32` return float32, without a rounding to their own dtype. In a batch, linear layers stay torch's.
 
-    Code is kept in `folder`, named by a digest of `key` (say what it depends on beside shapes and the modules' source
-    files), and compiled if it is not there. Every rank of a process group calls this; rank 0 compiles.
+    Code is kept in `folder` (None: `kept.open_folder` says where), named by a digest of `key` (say what it depends on
+    beside shapes and the modules' source files), and compiled if it is not there or not to be trusted (`Kept.find`).
+    Every rank of a process group calls this; rank 0 compiles.
 
-    Raises OSError if the folder cannot be written or nothing can be compiled (`check`), ValueError for ranks over gloo.
+    Raises OSError if the folder cannot be written or others may write there, or nothing can be compiled (`check`),
+    ValueError for ranks over gloo, and what the compiler raises.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         raise ValueError("compiled code would wait for gloo forever, it holds Python's lock: use cpu.shared_memory")
@@ -211,25 +227,23 @@ def compile_one_row(
     for hook in hooks:
         hook.remove()
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files, jobs = [], []
+    codes, jobs = [], []
     for number, (first, *_) in enumerate(groups):
         arguments, dynamic_shapes = example_arguments(first, recorded[first])
-        file = folder / file_name(first, arguments, key, number, first in float32)
-        files.append(file)
-        if not file.exists():
-            jobs.append((Stateless(first, first in float32), arguments, dynamic_shapes, file))
+        kept = Kept(code_name(first, arguments, key, number, first in float32), folder)
+        codes.append(kept)
+        if kept.find() is None:
+            jobs.append((Stateless(first, first in float32), arguments, dynamic_shapes, kept))
     if jobs and (not dist.is_initialized() or dist.get_rank() == 0):
         check()
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            mp.start_processes(compile_file, (jobs, scratch), nprocs=len(jobs), start_method="fork")
+        with tempfile.TemporaryDirectory(dir=open_folder(folder)) as scratch:
+            fork(partial(compile_file, jobs, scratch), len(jobs), name="compiler")
     if dist.is_initialized():
         dist.barrier()
 
-    for group, file in zip(groups, files, strict=True):
+    for group, kept in zip(groups, codes, strict=True):
         # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-        code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(file), 1).run
+        code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept.find()), 1).run
         row = recorded[group[0]][0]
         for module in group:
             state = [*module.parameters(), *module.buffers()]

@@ -12,16 +12,17 @@ compiled code. The latter would wait for gloo forever: it holds Python's lock, w
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.synchronize import Semaphore
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+from cpu.ranks import fork
 
 SLOT = 1 << 20  # bytes that a rank can show the others at one time
 
@@ -52,24 +53,20 @@ def register(shared: Shared) -> str:
     return "shared_memory"
 
 
-def start_ranks(work: Callable[[int], None], ranks: int) -> None:
+def start_ranks(work: Callable[[int], None], ranks: int, timeout: float = 60.0) -> None:
     """Calls work(rank) in `ranks` forked processes of one group, which share the threads of this one, and waits.
 
-    Call it before anything is computed: threads are not forked. If a rank fails, the others are ended. Raises
-    torch.multiprocessing.ProcessRaisedException with its traceback, or SystemExit if it left by sys.exit.
+    Call it before anything is computed: threads are not forked. If a rank fails, the others are ended. Raises what it
+    raised, or ChildProcessError, as `ranks.fork` does.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job = (work, ranks, f"file://{folder}/store", allocate(ranks))
-        try:
-            mp.start_processes(run_rank, job, nprocs=ranks, start_method="fork")
-        except mp.ProcessExitedException as error:
-            sys.exit(error.exit_code)
+    fork(partial(run_rank, work, ranks, allocate(ranks)), ranks, timeout)
 
 
-def run_rank(rank: int, work: Callable[[int], None], ranks: int, store: str, shared: Shared) -> None:
+def run_rank(work: Callable[[int], None], ranks: int, shared: Shared, rank: int) -> None:
     """One of the processes of `start_ranks`."""
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    dist.init_process_group(register(shared), init_method=store, rank=rank, world_size=ranks)
+    store = dist.HashStore()  # torch asks for one, though nothing is left to agree on
+    dist.init_process_group(register(shared), store=store, rank=rank, world_size=ranks)
     work(rank)
     dist.destroy_process_group()
 

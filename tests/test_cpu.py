@@ -1,6 +1,7 @@
 """`cpu/`, with toy modules: the process group against what torch stacks and sums, compiled code against eager code."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from test_ranks import processes_below, runs
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpu import compiled, shared_memory
+from cpu.kept import Kept
 
 # ---- ranks
 
@@ -32,7 +35,7 @@ def on_ranks(ranks: int, work: Callable, *args: object) -> None:
 
     Raises what a rank raises.
     """
-    parent = mp.start_processes(fork_ranks, (work, ranks, args), join=False, start_method="spawn")
+    parent = mp.start_processes(fork_ranks, (work, ranks, args), join=False, start_method="forkserver")
     done = parent.join(300)
     if not done:
         parent.processes[0].kill()  # and with it the ranks, see torch.multiprocessing
@@ -148,11 +151,6 @@ def test_a_rank_that_exits_ends_the_others_and_gives_its_code() -> None:
 # ---- compiled code
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("code")
-
-
 class Attention(nn.Module):
     """Grouped-query attention with a cache that is written in place: 6 query heads, 2 KV heads of 8 numbers."""
 
@@ -201,8 +199,11 @@ class Toy(nn.Module):
         return self.head(x).float()
 
     def compile(self, folder: Path) -> "Toy":
-        run = partial(self, self.example, start=0, length=1)
-        compiled.compile_one_row(run, [self.layers, [self.head]], "toy", folder, float32=[self.head])
+        run, fused = partial(self, self.example, start=0, length=1), self.layers[0].fused
+        groups = [self.layers]
+        if len(self.example) == 1 and not fused:
+            groups.append([self.head])  # code of one head is enough
+        compiled.compile_one_row(run, groups, f"toy {fused}", folder, float32=[self.head])
         return self
 
 
@@ -220,10 +221,10 @@ class Toy(nn.Module):
     ],
 )
 def test_compiled_rows_are_eager_rows_at_every_length(
-    batch: int, fused: bool, slots: int, prompt: int, folder: Path
+    batch: int, fused: bool, slots: int, prompt: int, code: Path
 ) -> None:
-    ours, eager = Toy(slots, batch, fused).compile(folder), Toy(slots, batch, fused)
-    files = {path.name for path in folder.iterdir()}
+    ours, eager = Toy(slots, batch, fused).compile(code), Toy(slots, batch, fused)
+    files = {path.name for path in code.iterdir()}
     assert len([name for name in files if name.startswith("Attention-")]) <= 3  # a code serves every length
     x = torch.randn(batch, slots, 24, generator=torch.Generator().manual_seed(1))
     steps = [(0, prompt), *((token, token + 1) for token in range(prompt, min(slots, prompt + 40)))]
@@ -247,8 +248,8 @@ class Products(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_layers_share_code_and_have_their_own_weights(folder: Path) -> None:
-    ours, eager, x = Toy(9).compile(folder), Toy(9), torch.randn(1, 1, 24)
+def test_layers_share_code_and_have_their_own_weights(code: Path) -> None:
+    ours, eager, x = Toy(9).compile(code), Toy(9), torch.randn(1, 1, 24)
     assert not torch.equal(ours.layers[0].qkv.weight, ours.layers[1].qkv.weight)
     with Products() as torchs:
         expected = eager(x, 0, length=1)
@@ -258,35 +259,44 @@ def test_layers_share_code_and_have_their_own_weights(folder: Path) -> None:
     assert torchs.seen == {"mm", "addmm", "bmm"} and compileds.seen == set()
 
 
-def test_a_float32_module_is_not_rounded_to_its_weights_dtype(folder: Path) -> None:
+@pytest.fixture
+def heads(code: Path) -> Path:
+    """For the code of `compile_head` alone."""
+    return code / "heads"
+
+
+def compile_head(folder: Path) -> tuple[nn.Linear, Tensor]:
+    """A module in bfloat16 that returns float32, compiled, and an input of it."""
     torch.manual_seed(0)
     head = nn.Linear(24, 50, bias=False, dtype=torch.bfloat16)
     x = torch.randn(1, 1, 24).bfloat16()
     compiled.compile_one_row(partial(head, x), [[head]], "head", folder, float32=[head])
+    return head, x
+
+
+def test_a_float32_module_is_not_rounded_to_its_weights_dtype(heads: Path) -> None:
+    head, x = compile_head(heads)
     y = head(x)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), F.linear(x.double(), head.weight.double()), rtol=0, atol=1e-6)
 
 
-class Activated(nn.Module):
-    """Two of them differ in nothing but a function: no shape, no source file."""
+def test_another_key_group_or_dtype_is_other_code(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules may differ in a function only: no shape, no source file. What is not kept needs a compiler, and fails."""
+    head, x = compile_head(heads)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    other, _ = compile_head(heads)
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.eye(3), requires_grad=False)
+    def compile_heads(groups: list[list[nn.Module]], key: str, float32: list[nn.Module]) -> None:
+        compiled.compile_one_row(lambda: (head(x), other(x)), groups, key, heads, float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(F.linear(x, self.weight))
-
-
-def test_the_key_and_the_group_tell_modules_apart(folder: Path) -> None:
-    x = torch.tensor([[-2.0, 1.0, 3.0]])
-    relu, gelu, tanh = Activated(F.relu), Activated(F.gelu), Activated(torch.tanh)
-    compiled.compile_one_row(lambda: (relu(x), gelu(x)), [[relu], [gelu]], "relu and gelu", folder)
-    compiled.compile_one_row(lambda: tanh(x), [[tanh]], "tanh", folder)
-    for module, function in ((relu, F.relu), (gelu, F.gelu), (tanh, torch.tanh)):
-        torch.testing.assert_close(module(x), function(x), rtol=0, atol=1e-5)
+    compile_heads([[head]], "head", [head])
+    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
+        compile_heads([[head]], "another head", [head])
+    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
+        compile_heads([[head], [other]], "head", [head, other])
+    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
+        compile_heads([[head]], "head", [])
 
 
 @pytest.mark.parametrize(("rows", "own"), [(1, False), (2, True)])
@@ -304,7 +314,8 @@ def test_a_product_of_long_rows_is_summed_plainly(rows: int, columns: int, dtype
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, 1, columns), (rows, columns), (rows,)))
     torch._dynamo.reset()
-    y, code = run_and_get_code(torch.compile(compiled.linear, fullgraph=True), x, weight, bias)
+    options = {"cpp.vec_isa_ok": True}  # as for ahead-of-time code
+    y, code = run_and_get_code(torch.compile(compiled.linear, fullgraph=True, options=options), x, weight, bias)
     assert "Cascade" not in "".join(code)  # the sum that takes twice the time
     expected = F.linear(x.double(), weight.double(), bias.double())
     assert (y.double() - expected).abs().max() < bound * expected.abs().max()
@@ -321,13 +332,116 @@ print(float((y - Toy(9)(torch.ones(1, 1, 24), 0, length=1)).abs().max()) < 1e-5,
 """
 
 
-def test_code_that_was_kept_is_used_without_the_compiler(folder: Path) -> None:
-    Toy(9).compile(folder)
+def test_code_that_was_kept_is_used_without_the_compiler(code: Path) -> None:
+    Toy(9).compile(code)
     paths = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
     environment = os.environ | {"PYTHONPATH": paths, "CXX": "no-such-compiler"}
-    run = [sys.executable, "-c", RUN_KEPT, str(folder)]
+    run = [sys.executable, "-c", RUN_KEPT, str(code)]
     ran = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert (ran.stdout, ran.returncode) == ("True False\n", 0), ran.stderr
+
+
+# ---- which code is trusted
+
+
+def kept(folder: Path, content: bytes = b"code", companion: bytes | None = None) -> Path:
+    """A file as `keep` leaves it, in a folder as `open_folder` makes it."""
+    made = Kept("Layer-1", folder)
+    (folder / "made.so").write_bytes(content)
+    if companion is not None:
+        (folder / "made.json").write_bytes(companion)
+    made.keep(folder / "made.so")
+    file = made.find()
+    assert file is not None and file.read_bytes() == content
+    return file
+
+
+def others_may_write(file: Path) -> None:
+    file.chmod(0o620)
+
+
+def is_anothers(file: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(file, 1, 1)
+
+
+def is_a_link(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+def is_cut(file: Path) -> None:
+    os.truncate(file, 2)
+
+
+def is_of_another_name(file: Path) -> None:
+    file.rename(file.with_name("Layer-1-0123456789abcdef.so"))
+
+
+def has_another_companion(file: Path) -> None:
+    file.with_suffix(".json").write_bytes(b"[]")
+
+
+SPOILERS = [others_may_write, is_anothers, is_a_link, is_cut, is_of_another_name, has_another_companion]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_code_that_others_may_have_written_or_that_is_damaged_is_removed(spoil: Callable, tmp_path: Path) -> None:
+    spoil(kept(tmp_path / "code", companion=b"{}"))
+    assert Kept("Layer-1", tmp_path / "code").find() is None
+    assert list((tmp_path / "code").glob("*.so")) == []
+
+
+def test_code_is_kept_where_and_as_only_its_user_may_write(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        file = kept(tmp_path / "new" / "code", companion=b"{}")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (file.parent, file, file.with_suffix(".json"))]
+    assert modes == [0o700, 0o600, 0o600]
+
+
+@pytest.mark.parametrize("spoil", [others_may_write, is_anothers])
+def test_a_folder_in_which_others_may_write_is_refused(spoil: Callable, tmp_path: Path) -> None:
+    folder = kept(tmp_path / "code").parent
+    spoil(folder)
+    with pytest.raises(OSError, match=rf"^{folder} is for compiled code, and .*: `chmod go-w {folder}`, or name"):
+        Toy(9).compile(folder)
+
+
+def test_a_damaged_file_is_compiled_again(heads: Path, tmp_path: Path) -> None:
+    compile_head(heads)
+    (whole,) = heads.iterdir()
+    copy = tmp_path / whole.name
+    shutil.copy(whole, copy)
+    os.truncate(copy, copy.stat().st_size // 2)
+    head, x = compile_head(tmp_path)
+    torch.testing.assert_close(head(x).double(), F.linear(x.double(), head.weight.double()), rtol=0, atol=1e-6)
+    (file,) = tmp_path.iterdir()
+    assert Kept(file.stem.rpartition("-")[0], tmp_path).find() == file
+
+
+def compile_alone(process: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    compile_head(folder)
+
+
+def test_a_compilation_whose_process_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    killed = mp.start_processes(compile_alone, (tmp_path,), join=False, start_method="forkserver").processes[0]
+    while len(compilers := processes_below(killed.pid)) < 2:  # with the one for C++
+        assert killed.is_alive()
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    until = time.monotonic() + 5
+    while any(map(runs, compilers)) or list(tmp_path.iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+# ---- code that sums and gathers
 
 
 class Sharded(nn.Module):
@@ -361,8 +475,8 @@ def compile_sharded(rank: int, ranks: int, folder: Path) -> None:
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
 
 
-def test_collectives_are_ops_of_compiled_code(folder: Path) -> None:
-    on_ranks(2, compile_sharded, folder)
+def test_collectives_are_ops_of_compiled_code(code: Path) -> None:
+    on_ranks(2, compile_sharded, code)
 
 
 # ---- refusals
@@ -375,9 +489,9 @@ def gloo_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_ranks_that_exchange_over_gloo_are_refused(gloo_group: None, folder: Path) -> None:
+def test_ranks_that_exchange_over_gloo_are_refused(gloo_group: None, code: Path) -> None:
     with pytest.raises(ValueError, match="would wait for gloo forever"):
-        Toy(9).compile(folder)
+        Toy(9).compile(code)
 
 
 class HalfAsLong(nn.Module):
@@ -385,10 +499,10 @@ class HalfAsLong(nn.Module):
         return x + sum(part.sum() for part in mask.split(100, dim=-1))
 
 
-def test_code_that_would_depend_on_a_length_is_refused(folder: Path) -> None:
+def test_code_that_would_depend_on_a_length_is_refused(code: Path) -> None:
     module, x, mask = HalfAsLong(), torch.zeros(1, 3), torch.ones(1, 1, 5, dtype=torch.bool)
-    with pytest.raises(mp.ProcessRaisedException, match=r"Not all values of length = .* satisfy"):
-        compiled.compile_one_row(lambda: module(x, mask), [[module]], "", folder)
+    with pytest.raises(Exception, match=r"Not all values of length = .* satisfy"):
+        compiled.compile_one_row(lambda: module(x, mask), [[module]], "", code)
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

@@ -170,9 +170,16 @@ class Logits(LlamaForCausalLM):
         return super().forward(input_ids, position_ids)
 
 
-def kept(ckpt: Path) -> dict[str, int]:
+@pytest.fixture(autouse=True)
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled graphs are kept: nothing of another test is used."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    return tmp_path / "code"
+
+
+def kept(code: Path) -> dict[str, int]:
     """The files of compiled graphs, and when each was written, in ns."""
-    return {path.name: path.stat().st_mtime_ns for path in ckpt.glob("nxd-*.pt")}
+    return {path.name: path.stat().st_mtime_ns for path in code.iterdir()}
 
 
 def with_cores(tp: int) -> object:
@@ -217,21 +224,21 @@ def test_other_forms_of_attention_are_traced_too(attn: str, hf_checkpoint: Calla
 
 @traced
 def test_what_was_compiled_is_used_again_until_something_else_is_asked_for(
-    hf_checkpoint: Callable, converted: Callable
+    hf_checkpoint: Callable, converted: Callable, code: Path
 ) -> None:
     ckpt = converted("odd sizes", sequence_length=LENGTH, prefill_chunk_size=4)
     _, ids = hf_greedy(hf_model(hf_checkpoint("odd sizes"), torch.float32), PROMPT, NEW)
     model = compile_nxd(ckpt, parts=Parts.of_device("nxd"))
     assert model.get_available_keys() == {"decode", "prefill_4"}
-    first = kept(ckpt)
+    first = kept(code)
     assert len(first) == 1
     model = compile_nxd(ckpt, parts=Parts.of_device("nxd"))
-    assert kept(ckpt) == first
+    assert kept(code) == first
     assert generate(model, [PROMPT], NEW, []) == [ids]
     compile_nxd(ckpt, parts=Parts.of_device("nxd", "sdpa"))
     compile_nxd(ckpt, batch_size=2, parts=Parts.of_device("nxd"))
-    assert len(kept(ckpt)) == 3
-    assert first.items() <= kept(ckpt).items()
+    assert len(kept(code)) == 3
+    assert first.items() <= kept(code).items()
 
 
 @traced
