@@ -2,7 +2,7 @@
 
 A port to Neuron changes four things: layers are split over ranks (tensor parallelism), the KV cache has a fixed size,
 every shape is known before the first token, and the rank is read from the checkpoint. Each class says which HF class it
-stands beside, what differs, and why. The rest is as in HF.
+stands beside, what differs, and why.
 
 Shapes: B batch, T new tokens, S cache slots, E hidden size, H query heads and K key/value heads of one rank, G = H/K,
 D head_dim, V vocabulary.
@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class UsageError(ValueError):
 
 
 class ConfigFile:
-    """A dataclass read from a JSON file of `convert_weights.py`, which checks and completes every key."""
+    """A dataclass read from a JSON file that `convert_weights.py` has checked and completed."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> ConfigFile:
@@ -49,7 +50,7 @@ class ConfigFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ConfigFile):
-    """The keys of HF's `LlamaConfig` that inference reads; the converter has filled in HF's defaults."""
+    """The keys of HF's `LlamaConfig` that inference reads."""
 
     file_name = "config.json"
     vocab_size: int
@@ -70,7 +71,7 @@ class LlamaConfig(ConfigFile):
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronConfig(ConfigFile):
-    """What has to be known before a graph is compiled, by the keys of Optimum Neuron's `NxDNeuronConfig`."""
+    """What a compiled graph fixes, by the keys of Optimum Neuron's `NxDNeuronConfig`."""
 
     file_name = "neuron_config.json"
     tp_degree: int = 1  # ranks
@@ -88,14 +89,14 @@ class NeuronConfig(ConfigFile):
         return getattr(torch, self.torch_dtype)
 
     def with_shape(self, batch_size: int | None, sequence_length: int | None) -> NeuronConfig:
-        """The same with another cache. Raises UsageError beyond max_sequence_length."""
+        """With another cache. Raises UsageError beyond max_sequence_length."""
         length, limit = sequence_length or self.sequence_length, self.max_sequence_length
         if limit is not None and length > limit:
             raise UsageError(f"--sequence-length {length}: beyond {limit} this is another graph, use that")
         return replace(self, batch_size=batch_size or self.batch_size, sequence_length=length)
 
     def prefill_lengths(self) -> list[int]:
-        """The lengths in which static graphs read prompts: the chunk, or buckets up to the whole cache."""
+        """The lengths in which static graphs read prompts."""
         if self.prefill_chunk_size is not None:
             return [self.prefill_chunk_size]
         sizes = self.context_encoding_buckets or [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
@@ -111,7 +112,7 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 class LlamaRMSNorm(nn.Module):
     """HF's `LlamaRMSNorm`, unchanged, whole on every rank (Zhang and Sennrich 2019, arXiv:1910.07467): x /
-    sqrt(mean(x^2) + eps) * weight. Statistics are in float32, and cast back before the weight is applied."""
+    sqrt(mean(x^2) + eps) * weight, cast back from float32 before the weight."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -125,7 +126,7 @@ class LlamaRMSNorm(nn.Module):
 
 
 class NeuronRMSNorm(LlamaRMSNorm):
-    """The same as a kernel of Neuron's compiler, for NxD. It casts back after the weight is applied."""
+    """The same as a kernel of Neuron's compiler, for NxD, which casts back after the weight."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         from torch_neuronx.xla_impl.ops import RmsNorm
@@ -136,10 +137,8 @@ class NeuronRMSNorm(LlamaRMSNorm):
 
 class RotaryEmbedding(nn.Module):
     """Beside HF's `LlamaRotaryEmbedding` (Su et al. 2021, arXiv:2104.09864): cos and sin of position * inv_freq, in
-    float32, with inv_freq[i] = theta^(-2i/D), changed as the rope_type says.
-
-    Differs: they never change, since a graph has one set. Those of yarn, longrope and dynamic come with the shard.
-    """
+    float32; inv_freq[i] = theta^(-2i/D), changed as rope_type says. Differs: one set, as a graph has; that of yarn,
+    longrope and dynamic comes with the shard."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -160,8 +159,8 @@ class RotaryEmbedding(nn.Module):
 
 
 def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
-    """HF's `_compute_llama3_parameters` (Llama 3.1), in its order of operations: waves longer than the original context
-    / low_freq_factor are slowed down by `factor`, those shorter than it / high_freq_factor are kept, others blended."""
+    """HF's `_compute_llama3_parameters`, in its order: waves longer than the original context / low_freq_factor are
+    slowed down by `factor`, those shorter than it / high_freq_factor kept, others blended."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     original = rope["original_max_position_embeddings"]
     wavelen = 2 * torch.pi / inv_freq
@@ -173,13 +172,13 @@ def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """HF's `rotate_half`: the halves of each head swap places, and the new first one is negated."""
+    """HF's `rotate_half`: [x1, x2] -> [-x2, x1]."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
 
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """HF's `apply_rotary_pos_emb`, for query and key heads at once: x [B,H+K,T,D], cos and sin [B,1,T,D]."""
+    """HF's `apply_rotary_pos_emb`, for q and k at once: x [B,H+K,T,D], cos and sin [B,1,T,D]."""
     return (x * cos) + (rotate_half(x) * sin)
 
 
@@ -187,13 +186,11 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache(nn.Module):
-    """Beside HF's `StaticLayer`: keys and values of one layer on one rank, each of `shape` [B,K,sequence_length,D].
+    """Beside HF's `StaticLayer`: keys and values of a layer on one rank, both of `shape` [B,K,sequence_length,D].
+    Differs: each row writes at its own positions; padding too, to be overwritten before a query of its row can see it.
+    Why: one graph has one shape, so the cache cannot grow with the text."""
 
-    Differs: every row of the batch writes at its own positions. Why: one graph has one shape, so the cache cannot grow
-    with the text. Padding writes too; it is overwritten before a query of its row can see it.
-    """
-
-    static = False  # whether attention reads all slots, and prompts are padded to few lengths
+    static = False  # True: attention reads all slots, prompts have few lengths
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
@@ -209,8 +206,8 @@ class KVCache(nn.Module):
 
 
 class NeuronKVCache(KVCache):
-    """The same out of place, which on a CPU would copy it for every token. Why: NxD's ModelBuilder keeps a buffer on
-    the device only if it is assigned again."""
+    """The same out of place, which on a CPU would copy it for every token. Why: NxD's ModelBuilder keeps a buffer only
+    if it is assigned again."""
 
     static = True
 
@@ -222,29 +219,26 @@ class NeuronKVCache(KVCache):
 
 
 def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `eager_attention_forward`, op by op: q [B,H,T,D], k and v [B,K,S,D], mask [B,T,S] -> [B,H,T,D].
-
-    Differs: query heads of a KV head lie side by side, where HF copies k and v G times (`repeat_kv`). Masked scores
-    become -1e9, where HF adds finfo.min. Why: exp() near the end of bfloat16's range gives NaN on Neuron.
-    """
+    """HF's `eager_attention_forward`, op by op: q [B,H,T,D], k and v [B,K,S,D], mask [B,T,S] -> [B,H,T,D]. Differs:
+    query heads are grouped against their KV head, where HF copies k and v (`repeat_kv`); masked scores become -1e9,
+    where HF adds finfo.min. Why: exp() near the end of bfloat16's range gives NaN on Neuron."""
     B, K, S, D = k.shape
     hidden = max(-1e9, torch.finfo(q.dtype).min / 2)  # float16 ends at -65504
     scores = torch.matmul(q.reshape(B, K, -1, D), k.transpose(2, 3)) * scaling  # B K G*T S
     scores = torch.where(mask[:, None, None], scores.view(B, K, -1, q.shape[2], S), hidden)  # B K G T S
-    # softmax converts to float32 itself: the bits of masking in float32, in 0.6 of the time
+    # softmax converts to float32: the bits of masking in float32, in 0.6 of the time
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(weights.view(B, K, -1, S), v).view(q.shape)
 
 
 def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `sdpa_attention_forward`, torch's fused kernel, on the same shapes."""
+    """HF's `sdpa_attention_forward`, torch's kernel, on the same shapes."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scaling, enable_gqa=True)
 
 
 def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 1) on the same shapes: blocks of the cache with a
-    running maximum, sum and output in float32. No [T,S] scores exist. Why: long prefills in NxDI and Optimum take it,
-    from an NKI kernel."""
+    running maximum, sum and output in float32. Why: a long prefill has no [T,S] scores; NxDI calls an NKI kernel."""
     if q.shape[2] == 1:  # one row of scores is small
         return eager_attention_forward(q, k, v, mask, scaling)
     B, K, S, D = k.shape
@@ -268,17 +262,16 @@ ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward, "
 
 # ---- tensor parallelism
 #
-# What Llama needs of NxD's `parallel_layers.layers`, by NxD's names, so that either can supply it. Weights are shards
-# from the start: nothing holds a whole matrix.
+# What Llama needs of NxD's `parallel_layers.layers`, by its names: either can supply it. Weights are shards.
 
-Heads = list[int | None]  # HF's numbers of the heads on one rank, in order; None stands for a head of zeros
+Heads = list[int | None]  # HF's numbers of a rank's heads, in order; None is a head of zeros
 
 
 def shard_heads(num_heads: int, num_kv_heads: int, tp_degree: int) -> list[tuple[Heads, Heads]]:
-    """Each rank's query heads and KV heads, by NxD's rules (`get_shardable_head_counts` in `gqa.py`).
+    """Each rank's query heads and KV heads, by NxD's rules (`gqa.py`).
 
-    - tp is a multiple of the KV heads (REPLICATE_TO_TP_DEGREE): each KV head is copied to tp/kv_heads ranks, and the
-      query heads of a KV group are padded until its ranks divide them.
+    - tp is a multiple of the KV heads (REPLICATE_TO_TP_DEGREE): each KV head goes to tp/kv_heads ranks, and the query
+      heads of a KV group are padded until its ranks divide them.
     - tp divides the KV heads: both are dealt out in order.
     - otherwise (CONVERT_TO_MHA): each query head gets a copy of its KV head, and both are padded at the end.
     """
@@ -302,7 +295,7 @@ def tp_size() -> int:
 
 
 def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
-    """The x of all ranks, side by side on the last dimension: [..., n] -> [..., tp * n]."""
+    """The x of all ranks, side by side: [..., n] -> [..., tp * n]."""
     tp = tp_size()
     if tp == 1:
         return x
@@ -320,14 +313,13 @@ def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
 
 
 def divide(size: int, pad: bool) -> int:
-    """One rank's share of `size`, rounded up with `pad`."""
-    assert pad or size % tp_size() == 0, f"tp does not divide {size}, and pad=False"
+    """A rank's share of `size`, rounded up with `pad`."""
+    assert pad or size % tp_size() == 0
     return -(-size // tp_size())
 
 
 class SPMDRank(nn.Module):
-    """NxD's `SPMDRank`: the rank, int32 [1], from the shard. Why: one graph, traced as rank 0, serves all ranks, and
-    `dist.get_rank()` would be 0 in it."""
+    """NxD's `SPMDRank`: the rank, int32 [1], from the shard. Why: one graph, traced as rank 0, serves all ranks."""
 
     def __init__(self, world_size: int):
         super().__init__()
@@ -338,12 +330,12 @@ class SPMDRank(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Beside HF's `nn.Linear`: weight [output_size / tp, input_size], bias [output_size / tp]. Each rank computes and
-    keeps a slice of the output, rounded up with `pad`. NxD rounds before it adds the bias, HF after."""
+    """Beside HF's `nn.Linear`: weight [output_size / tp, input_size], bias [output_size / tp]. Each rank keeps a slice
+    of the output, rounded up with `pad`. NxD rounds before it adds the bias, HF after."""
 
     def __init__(self, input_size, output_size, bias=True, gather_output=True, dtype=torch.float32, pad=False):
         super().__init__()
-        assert not gather_output, "Llama gathers only once, after lm_head"
+        assert not gather_output
         self.weight = empty_parameter(divide(output_size, pad), input_size, dtype=dtype)
         self.bias = empty_parameter(divide(output_size, pad), dtype=dtype) if bias else None
 
@@ -353,11 +345,11 @@ class ColumnParallelLinear(nn.Module):
 
 class RowParallelLinear(nn.Module):
     """Beside HF's `nn.Linear`: weight [output_size, input_size / tp], bias [output_size]. Each rank holds a slice of
-    the input; products are summed in float32 (NxD's `reduce_dtype`), whose rounding does not grow with the ranks."""
+    the input; products are summed in float32 (NxD's `reduce_dtype`)."""
 
     def __init__(self, input_size, output_size, bias=True, input_is_parallel=False, dtype=torch.float32, pad=False):
         super().__init__()
-        assert input_is_parallel, "Llama has no other case"
+        assert input_is_parallel
         self.weight = empty_parameter(output_size, divide(input_size, pad), dtype=dtype)
         self.bias = empty_parameter(output_size, dtype=dtype) if bias else None
 
@@ -369,8 +361,8 @@ class RowParallelLinear(nn.Module):
 
 
 class ParallelEmbedding(nn.Module):
-    """Beside HF's `nn.Embedding`: each rank holds a slice of every row [num_embeddings, embedding_dim / tp], to be
-    gathered, or all of some rows [num_embeddings / tp, embedding_dim], zeros for the others, to be summed."""
+    """Beside HF's `nn.Embedding`: each rank holds a slice of every row [num_embeddings, embedding_dim / tp], and they
+    are gathered; or all of some rows [num_embeddings / tp, embedding_dim], and the ranks are summed."""
 
     def __init__(self, num_embeddings, embedding_dim, dtype, shard_across_embedding, pad, use_spmd_rank):
         super().__init__()
@@ -394,16 +386,16 @@ class ParallelEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Parts:
-    """What the model is assembled from: a forward computes, and where it runs is decided here."""
+    """What the model is made of. Where it runs is decided here, in no forward."""
 
-    layers: object = sys.modules[__name__]  # a module with this section's layers, or NxD's
+    layers: object = sys.modules[__name__]  # this section's, or NxD's
     norm: type[LlamaRMSNorm] = LlamaRMSNorm
     cache: type[KVCache] = KVCache
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = eager_attention_forward
 
     @classmethod
     def of_device(cls, device: str, attn: str = "eager") -> Parts:
-        """What a device takes."""
+        """Those of a device."""
         if device == "nxd":
             from neuronx_distributed.parallel_layers import layers
 
@@ -418,9 +410,8 @@ ACT2FN["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 
 
 class LlamaMLP(nn.Module):
-    """Beside HF's `LlamaMLP` (SwiGLU: Shazeer 2020, arXiv:2002.05202). Differs: gate_proj and up_proj are sharded over
-    their output, down_proj over its input, so intermediate features, padded until tp divides them, stay on their rank.
-    """
+    """Beside HF's `LlamaMLP` (SwiGLU: Shazeer 2020, arXiv:2002.05202). Differs: gate_proj and up_proj are sharded by
+    output, down_proj by input: intermediate features, padded until tp divides them, stay on their rank."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
@@ -436,16 +427,13 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Beside HF's `LlamaAttention` (NxDI's and Optimum's `NeuronAttentionBase`).
-
-    Differs: q_proj, k_proj and v_proj are one `Wqkv`, sharded by heads: a rank's q, its k, its v. Why: one large
-    product keeps a NeuronCore busier than three small ones. No head needs another: a single all-reduce is enough.
-    """
+    """Beside HF's `LlamaAttention` (NxDI's and Optimum's `NeuronAttentionBase`). Differs: q_proj, k_proj and v_proj are
+    one `Wqkv`, sharded by heads: a rank's q, k, v. Why: one large product keeps a NeuronCore busier than three."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
         hidden, bias, dtype, tp = config.hidden_size, config.attention_bias, neuron.dtype, neuron.tp_degree
-        query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]  # as on every rank
+        query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), config.head_dim
         self.attention, self.scaling = parts.attention, D**-0.5
         column, row = parts.layers.ColumnParallelLinear, parts.layers.RowParallelLinear
@@ -485,8 +473,8 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Beside HF's `LlamaModel`. Differs: embed_tokens is sharded, and the causal mask compares cache slots with
-    positions, so that prefill, chunks and decode are one forward."""
+    """Beside HF's `LlamaModel`. Differs: embed_tokens is sharded. The mask compares cache slots with positions, so that
+    prefill, chunks and decode are one forward."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
@@ -499,7 +487,7 @@ class LlamaModel(nn.Module):
         self.sequence_length = neuron.sequence_length
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, length: int | None = None) -> Tensor:
-        """input_ids and position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
+        """input_ids, position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
         hidden_states = self.embed_tokens(input_ids)  # B T E
         cos, sin = self.rotary_emb(hidden_states, position_ids)  # B 1 T D
         slots = torch.arange(length or self.sequence_length, dtype=torch.int32, device=input_ids.device)  # S
@@ -511,7 +499,7 @@ class LlamaModel(nn.Module):
 
 class LlamaForCausalLM(nn.Module):
     """Beside HF's `LlamaForCausalLM`. Differs: lm_head is sharded by vocabulary, padded until tp divides it. To choose
-    a token, ranks exchange a (value, index) pair each, not logits."""
+    a token, ranks exchange a (value, index) pair, not logits."""
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
@@ -525,8 +513,8 @@ class LlamaForCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, length: int | None = None
     ) -> Tensor:
-        """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V], the same on every rank; with `last` [B]
-        int32, the greedy choice at position `last` of each row, int32 [B]. Attention reads `length` slots, or all."""
+        """input_ids, position_ids [B,T] int32 -> float32 logits [B,T,V] on every rank; with `last` [B] int32, the
+        greedy choice at column `last` of each row, int32 [B]. Attention reads `length` slots, or all."""
         hidden_states = self.model(input_ids, position_ids, length)  # B T E
         if last is None:
             return self.gather(self.lm_head(hidden_states))[..., : self.config.vocab_size].float()
@@ -534,14 +522,13 @@ class LlamaForCausalLM(nn.Module):
         return self.greedy(hidden_states.gather(1, index).squeeze(1))
 
     def greedy(self, hidden_states: Tensor) -> Tensor:
-        """[B,E] -> int32 [B]: the index of the largest logit, the first if there are several."""
+        """[B,E] -> int32 [B]: the first index of the largest logit."""
         logits = self.lm_head(hidden_states).float()  # B V/tp
         first = self.rank_util.get_rank() * logits.shape[-1]
         vocabulary = first + torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)  # V/tp
         inside = vocabulary < torch.full_like(vocabulary, self.config.vocab_size)  # a number would be int64
-        # the padding's logits are 0, and would win over negative ones
-        value, index = torch.where(inside, logits, -1e9).max(dim=-1)  # B
-        # float32 holds an index below 2^24, so one collective carries both
+        value, index = torch.where(inside, logits, -1e9).max(dim=-1)  # B: padding's 0 would win over negative ones
+        # float32 holds an index below 2^24: one collective carries both
         pair = torch.stack((value, (index.int() + first).float()), dim=-1)  # B 2
         values, indices = self.gather(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
         return indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1).int()
@@ -551,7 +538,7 @@ class LlamaForCausalLM(nn.Module):
 
 
 def shard_path(ckpt: str | Path, rank: int) -> Path:
-    """A rank's file, by NxD's name."""
+    """A rank's file, NxD's name."""
     return Path(ckpt, f"tp{rank}_sharded_checkpoint.safetensors")
 
 
@@ -560,48 +547,52 @@ def sha256(data: bytes) -> str:
 
 
 def check_seal(ckpt: str | Path, ranks: Iterable[int]) -> None:
-    """Raises UsageError if the JSON files or the shards of `ranks` are not as a conversion wrote them."""
+    """Raises UsageError if JSON files, or shards of `ranks`, are not as a conversion wrote them."""
     path = Path(ckpt, "neuron_config.json")
-    if not path.exists():
-        make = f"python convert_weights.py --hf {ckpt} --out ./weights --tp 1"
-        raise UsageError(f"--ckpt {ckpt} is no finished conversion: make one, `{make}`")
     try:
+        for file in path.parent.iterdir():
+            if not (file.is_file() or file.is_dir()) or (file.suffix == ".json" and file.stat().st_size > 2**26):
+                raise OSError(f"{file} is no regular file, or too long")
         settings = path.read_bytes()
+        for rank in ranks:
+            path = shard_path(ckpt, rank)
+            shard = safe_open(path, "pt")
+            table = []
+            for name in shard.offset_keys():
+                x = shard.get_slice(name)
+                table.append((name, x.get_dtype(), x.get_shape(), name.endswith("rank") and x[:].tolist()))
+            if shard.metadata()["seal"] != sha256(settings + f"{rank}{table}".encode()):
+                raise ValueError("it does not fit neuron_config.json")
         for name, digest in json.loads(settings)["sha256"].items():
             path = Path(ckpt, name)
             if sha256(path.read_bytes()) != digest:
                 raise ValueError("its digest differs")
-        for rank in ranks:
-            path = shard_path(ckpt, rank)
-            seal = safe_open(path, "pt").metadata()
-            if (seal["settings_sha256"], seal["rank"]) != (sha256(settings), str(rank)):
-                raise ValueError("it and neuron_config.json do not fit")
-    except (AttributeError, LookupError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} was changed after the conversion ({error}): convert again") from None
+    except Exception as error:
+        hf = "HF_DIR" if any(path.parent.glob("*tp0*")) else ckpt
+        make = f"convert again, `python convert_weights.py --hf {hf} --out ./weights --tp 1`"
+        raise UsageError(f"--ckpt {ckpt} is no finished conversion, or was changed ({path}: {error}): {make}") from None
 
 
 def read_shard(ckpt: str | Path, rank: int) -> dict[str, Tensor]:
-    """One rank's tensors, memory-mapped, by the names of `LlamaForCausalLM`."""
+    """One rank's tensors by name, memory-mapped."""
     state = load_file(shard_path(ckpt, rank))
-    if "lm_head.weight" not in state:  # tied, and sharded in the same way
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
+    return {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # the first is for tied ones
 
 
 def load_model(
     ckpt: str | Path, rank: int = 0, *, batch_size=None, sequence_length=None, device="cpu", parts: Parts | None = None
 ) -> LlamaForCausalLM:
-    """One rank's model, from a directory of `convert_weights.py` for as many ranks as the process group has.
-
-    batch_size and sequence_length default to the conversion's, `parts` to the device's. TorchNeuron compiles each
-    length when it is first called. Raises UsageError if files or ranks do not fit.
-    """
+    """One rank's model, from a conversion for as many ranks as the process group has. batch_size and sequence_length
+    default to the conversion's, `parts` to the device's. Raises UsageError if files or ranks do not fit."""
     check_seal(ckpt, [rank])
-    neuron, ranks = NeuronConfig.from_pretrained(ckpt), tp_size()
-    if ranks != neuron.tp_degree:
-        raise UsageError(f"{ckpt} is for --tp {neuron.tp_degree}, here are {ranks} ranks: convert it again")
-    neuron = neuron.with_shape(batch_size, sequence_length)
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(ckpt), neuron, parts or Parts.of_device(device))
+    neuron = NeuronConfig.from_pretrained(ckpt).with_shape(batch_size, sequence_length)
+    if tp_size() != neuron.tp_degree:
+        raise UsageError(f"{ckpt} is for --tp {neuron.tp_degree}, here are {tp_size()} ranks: convert it again")
+    try:
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(ckpt), neuron, parts or Parts.of_device(device))
+    except (RuntimeError, TypeError):  # of torch's allocator
+        shape = f"--batch-size {neuron.batch_size} --sequence-length {neuron.sequence_length}"
+        raise UsageError(f"{shape}: the cache does not fit in memory") from None
     model.load_state_dict(dict(model.named_buffers()) | read_shard(ckpt, rank), assign=True)
     model.eval().to(device)
     if device == "neuron":
@@ -613,7 +604,7 @@ def load_model(
 
 
 def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronConfig) -> None:
-    """Raises UsageError if they do not fit the batch, the cache or the vocabulary."""
+    """Raises UsageError if they do not fit batch, cache or vocabulary."""
     if not 0 < len(prompts) <= neuron.batch_size:
         raise UsageError(f"{len(prompts)} prompts do not fit --batch-size {neuron.batch_size}: raise it")
     longest, largest = neuron.sequence_length - 1, config.vocab_size - 1
@@ -628,11 +619,9 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
 def generate(
     model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int, eos_token_ids: list[int], on_step=None
 ) -> list[list[int]]:
-    """Greedy decoding: the new tokens of each prompt. `on_step` gets those so far, after each step.
-
-    A text ends with an EOS token, after max_new_tokens, or when the cache is full. Rows that have ended, or have no
-    prompt, are computed and ignored: the batch is static. Raises UsageError if prompts do not fit.
-    """
+    """Greedy decoding: the new tokens of each prompt. After each step `on_step` gets those so far. A text ends with an
+    EOS token, after max_new_tokens, or when the cache is full. The batch is static: rows that have ended, or have no
+    prompt, are computed and ignored. Raises UsageError if prompts do not fit."""
     neuron = model.neuron_config
     check_prompts(prompts, model.config, neuron)
     rows = prompts + [[0]] * (neuron.batch_size - len(prompts))
@@ -655,7 +644,7 @@ def generate(
 
 def prefill(model: LlamaForCausalLM, rows: list[list[int]], ends: Tensor) -> Tensor:
     """The first new token of each row [B]. Prompts are padded on the right to one length, and read at once or in
-    chunks; a row's choice is that of the chunk that holds its end."""
+    chunks: that with a row's end chooses."""
     neuron, longest = model.neuron_config, int(ends.max())
     chunk = neuron.prefill_chunk_size or longest
     if model.static:
@@ -671,10 +660,10 @@ def prefill(model: LlamaForCausalLM, rows: list[list[int]], ends: Tensor) -> Ten
 
 
 def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, length: int) -> Tensor:
-    """One call of the model: it reads `length` slots of the cache, or all if it is static."""
+    """One call of the model, with `length` slots of the cache, or all if it is static."""
     slots = model.neuron_config.sequence_length
     positions = positions.clamp(max=slots - 1)  # of padding, and of rows that have ended
-    device = next(model.parameters(), ids).device  # an NxDModel shows none, and takes the host's tensors
+    device = next(model.parameters(), ids).device  # an NxDModel takes the host's tensors
     inputs = [tensor.int().to(device) for tensor in (ids, positions, last)]
     if model.static:
         return model(*inputs).cpu()
@@ -687,24 +676,25 @@ def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor
 def compile_nxd(
     ckpt: str | Path, *, batch_size=None, sequence_length=None, parts: Parts, model_class=LlamaForCausalLM
 ) -> nn.Module:
-    """All ranks on this host's NeuronCores (Trn1, Inf2), in one process. Call it like the model, with `last`.
-
-    NxD's ModelBuilder traces each graph (decoding, each length of prefill) once, as rank 0, which takes `compile_s`.
-    They are kept beside the shards, under a digest of all they depend on.
-    """
+    """All ranks on this host's NeuronCores (Trn1, Inf2), in one process. Call it like the model, with `last`. NxD's
+    ModelBuilder traces each graph (decoding, each length of prefill) once, as rank 0; `cpu/kept.py` keeps them, under a
+    digest of all they depend on."""
     import torch_neuronx
     from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
 
-    began, config = time.perf_counter(), LlamaConfig.from_pretrained(ckpt)
+    from cpu.kept import Kept
+
+    config = LlamaConfig.from_pretrained(ckpt)
     neuron = NeuronConfig.from_pretrained(ckpt).with_shape(batch_size, sequence_length)
     tp, B = neuron.tp_degree, neuron.batch_size
     with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
         flags = f"--auto-cast=none --model-type=transformer --lnc={state.lnc_size}"
         platform = torch_neuronx.utils.get_platform_target(), torch_neuronx.__version__
         depends = config, neuron, parts.attention.__name__, inspect.getsource(model_class), flags, platform
-        path = Path(ckpt, f"nxd-{sha256((repr(depends) + Path(__file__).read_text()).encode())[:12]}.pt")
-        if path.exists():
-            compiled = NxDModel.load(str(path))
+        kept = Kept(f"nxd-{sha256((repr(depends) + Path(__file__).read_text()).encode())[:12]}")
+        file = kept.find()
+        if file:
+            compiled = NxDModel.load(str(file))
         else:
             builder = ModelBuilder(model_class(config, neuron, parts).eval())
             for T in sorted({1, *neuron.prefill_lengths()}):
@@ -712,25 +702,22 @@ def compile_nxd(
                 inputs = {"input_ids": ids, "position_ids": ids.clone(), "last": last}
                 builder.trace(kwargs=inputs, tag=f"prefill_{T}" if T > 1 else "decode")
             compiled = builder.compile(compiler_args=flags)
-            compiled.save(str(path))
+            kept.save(compiled.save)
     compiled.config, compiled.neuron_config, compiled.static = config, neuron, True
-    compiled.compile_s = time.perf_counter() - began
-    rotary = dict(RotaryEmbedding(config).named_buffers(prefix="model.rotary_emb"))  # to a graph they are weights
+    rotary = dict(RotaryEmbedding(config).named_buffers(prefix="model.rotary_emb"))  # weights to a graph
     compiled.set_weights([rotary | read_shard(ckpt, rank) for rank in range(tp)])
     compiled.to_neuron()
     return compiled
 
 
 def compile_decode(model: LlamaForCausalLM) -> None:
-    """--compile: single tokens go through code made ahead of time from here on. Raises OSError without g++."""
+    """--compile: single tokens go through compiled code from here on. Raises OSError without g++."""
     from cpu.compiled import compile_one_row
 
     token = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)
     neuron, attention = replace(model.neuron_config, sequence_length=1), model.model.layers[0].self_attn.attention
-    key = repr((model.config, neuron, attention.__name__))
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")).expanduser()
     run, groups = partial(model, token, token, length=1), [model.model.layers, [model.lm_head]]
-    compile_one_row(run, groups, key, folder, float32=[model.lm_head])
+    compile_one_row(run, groups, repr((model.config, neuron, attention.__name__)), float32=[model.lm_head])
 
 
 # ---- command line
@@ -749,53 +736,58 @@ def integers(text: str) -> list[int]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command. A mistake or a file that fails ends it in one line, with exit code 2."""
+    """One line says what ends a command: a mistake (exit code 2), a file or rank that fails (1), Ctrl-C (130)."""
     try:
         main()
-    except (UsageError, ImportError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(end="", flush=True)
+    except (UsageError, ImportError, OSError, KeyboardInterrupt) as error:
+        if not find_spec("cpu") or import_module("cpu.torchrun").may_speak():
+            text = "".join(c if c.isprintable() else "?" for c in str(error) or "interrupted")  # files may say anything
+            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        if isinstance(error, OSError):
+            sys.stdout = None  # exit would flush it, and fail again
+            sys.exit(1)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Llama as AWS Neuron computes it, greedy.", usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--ckpt", required=True, help="what convert_weights.py wrote")
-    add("--tp", type=positive_int, help="tensor-parallel ranks, as converted")
+    add("--ckpt", required=True, help="from convert_weights.py")
+    add("--tp", type=positive_int, help="ranks, as converted")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: stdin")
     add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
     add("--max-new-tokens", type=positive_int, default=64, help="default: %(default)s")
-    add("--batch-size", type=positive_int, help="default: as converted")
-    add("--sequence-length", type=positive_int, help="default: as converted")
+    add("--batch-size", type=positive_int, help="as converted")
+    add("--sequence-length", type=positive_int, help="as converted")
     add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), default="auto", help="default: what is installed")
-    add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, HF's order of operations")
-    add("--compile", action="store_true", help="on a CPU: decode with compiled code")
+    add("--attn", choices=ATTENTION, default="eager", help="default: %(default)s, as HF")
+    add("--compile", action="store_true", help="on a CPU: compiled decoding")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
-    add("--json", action="store_true", help="print one JSON object instead of text")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--timeout", type=positive_int, default=60, help="seconds of silence that end a run")
     return parser.parse_args()
 
 
 def choose_device(asked: str) -> str:
-    """What --device means here. NxD needs torch-xla; TorchNeuron's package is named torch_neuronx too, but comes
-    without it. Raises UsageError if the device is not available."""
+    """What --device means here; NxD needs torch-xla, TorchNeuron has none. Raises UsageError if it is absent."""
     xla, neuronx, nxd = (find_spec(name) for name in ("torch_xla", "torch_neuronx", "neuronx_distributed"))
     available = {"nxd": nxd and xla, "neuron": neuronx and not xla, "cpu": True, "cuda": torch.cuda.device_count()}
     if asked == "auto":
         return next(device for device in available if available[device])
     if not available[asked]:
-        raise UsageError(f"--device {asked} is not available here: docs/neuron.md says what to install")
+        raise UsageError(f"--device {asked} is not available here: see docs/neuron.md")
     return asked
 
 
 def run(args: argparse.Namespace, rank: int) -> None:
-    """One rank's work: load, generate, and on rank 0 print."""
+    """One rank's work: load, generate; rank 0 prints."""
     began, parts = time.perf_counter(), Parts.of_device(args.device, args.attn)
     shape = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
     if args.device == "nxd":
         stdout = os.dup(1)
-        os.dup2(2, 1)  # what NxD and the compiler print is not the result
-        model = compile_nxd(args.ckpt, parts=parts, **shape)
-        compile_s = model.compile_s
+        os.dup2(2, 1)  # what NxD and the compiler print
+        model, loaded = compile_nxd(args.ckpt, parts=parts, **shape), began
         sys.stdout.flush()
         os.dup2(stdout, 1)
     else:
@@ -803,7 +795,7 @@ def run(args: argparse.Namespace, rank: int) -> None:
         loaded = time.perf_counter()
         if args.compile:
             compile_decode(model)
-        compile_s = time.perf_counter() - loaded
+    compile_s = time.perf_counter() - loaded  # by NxD with loading
     eos = [] if args.ignore_eos else model.config.eos_token_id
     decode = args.tokenizer.decode if args.tokenizer else str
     streams = rank == 0 and not args.json and args.tokenizer and len(args.prompts) == 1
@@ -813,7 +805,7 @@ def run(args: argparse.Namespace, rank: int) -> None:
         nonlocal streamed
         clock.append(time.perf_counter())
         text = decode(args.prompts[0] + completions[0]) if streams else ""
-        if not text.endswith("\ufffd"):  # bytes of an unfinished character wait for the rest
+        if not text.endswith("\ufffd"):  # an unfinished character waits for the rest
             print(text[len(streamed) :], end="", flush=True)
             streamed = text
 
@@ -834,15 +826,15 @@ def run(args: argparse.Namespace, rank: int) -> None:
         "weight_gb_per_s": args.tp * read * (len(clock) - 2) / decode_s / 1e9,  # a step reads all
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    rows = []
+    rows, texts = [], []
     for prompt, ids in zip(args.prompts, completions, strict=True):
         row = {"prompt": decode(prompt), "prompt_ids": prompt, "ids": ids, "text": decode(ids)}
         rows.append(row | {"finish_reason": "eos" if ids[-1] in eos else "length"})
+        texts.append(decode(prompt + ids))
     if args.json:
         config = {"device": args.device, "attn": args.attn} | asdict(model.config) | asdict(model.neuron_config)
         print(json.dumps({"completions": rows, "timings": timings, "config": config}, indent=2))
     else:
-        texts = [decode(prompt + ids) for prompt, ids in zip(args.prompts, completions, strict=True)]
         print("\n\n".join(texts)[len(streamed) :])
         print(f"on {args.device}:", *(f"{name} {value:.4g}" for name, value in timings.items()), file=sys.stderr)
 
@@ -858,7 +850,7 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
     if args.tp not in (None, neuron.tp_degree):
         raise UsageError(f"--tp {args.tp}, but {args.ckpt} is for --tp {neuron.tp_degree}: convert it again")
     args.tp = neuron.tp_degree
-    check_seal(args.ckpt, [] if torchrun else range(args.tp))  # there a host may have its own shards only
+    check_seal(args.ckpt, [] if torchrun else range(args.tp))  # a host may have its shards only
     alone = torchrun or args.tp == 1 or args.device == "nxd"
     if not alone and not has_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.tp)))
@@ -867,18 +859,21 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
     if torchrun:
         if args.device != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # gloo on a CPU, elsewhere the device's own backend
-    if not args.prompts and rank == 0:  # piped standard input, else a built-in sentence
+        if has_cpu:
+            import_module("cpu.torchrun").join(args.timeout)
+        else:
+            dist.init_process_group()  # gloo on a CPU, else the device's own
+    if not args.prompts and rank == 0:  # piped stdin, else a built-in sentence
         piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace")
         args.prompts = [piped.strip() or "The capital of France is"]
     if torchrun:
-        prompts = [args.prompts]
-        dist.broadcast_object_list(prompts, device=torch.device("cpu"))  # of rank 0's stdin
-        args.prompts = prompts[0]
-    if Path(args.ckpt, "tokenizer.json").exists():
+        args.prompts = args.prompts or [None]
+        dist.broadcast_object_list(args.prompts, device=torch.device("cpu"))  # of rank 0's stdin
+    tokenizer = Path(args.ckpt, "tokenizer.json")
+    if tokenizer.exists():
         from tokenizers import Tokenizer
 
-        args.tokenizer = Tokenizer.from_file(str(Path(args.ckpt, "tokenizer.json")))
+        args.tokenizer = Tokenizer.from_file(str(tokenizer))
     elif any(isinstance(prompt, str) for prompt in args.prompts):
         raise UsageError(f"{args.ckpt} has no tokenizer.json: give --prompt-ids")
     for number, text in enumerate(args.prompts):
@@ -893,7 +888,7 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
     else:
         from cpu.shared_memory import start_ranks
 
-        start_ranks(lambda rank: run_command(partial(work, args, rank)), args.tp)
+        start_ranks(partial(work, args), args.tp, args.timeout)
 
 
 if __name__ == "__main__":

@@ -410,7 +410,7 @@ def test_the_converter_writes_shards_config_and_tokenizer_and_prints_nothing():
     assert run_process(ROOT / CONVERT, "--hf", "hf", "--out", "new/out", "--tp", 2) == (0, "", "")
     copied = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     written = listing("new/out") - {"special_tokens_map.json"}  # which transformers 4 writes too
-    assert written == {*copied, "neuron_config.json", *shards(2)}
+    assert written == {*copied, "neuron_config.json", ".conversion", *shards(2)}
     assert Path("new/out/generation_config.json").read_bytes() == Path("hf/generation_config.json").read_bytes()
     assert_shards_of_weights2("new/out")
     ran = run_process(ROOT / CONVERT, "--hf", "new/out", "--out", "out", "--tp", 2)
@@ -500,41 +500,48 @@ def test_converting_again_leaves_nothing_of_the_conversion_before(run, convert):
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         Path("hf", name).unlink()
     assert run(CONVERT, "--hf", "hf", "--out", "out", "--tp", 2).code == 0
-    assert listing("out") == {"config.json", "neuron_config.json", *shards(2)}
+    assert listing("out") == {"config.json", "neuron_config.json", ".conversion", *shards(2)}
 
 
-def assert_incomplete(run: Callable[..., Ran]) -> None:
+def assert_gone(run: Callable[..., Ran]) -> None:
     """weights2 was complete until it was converted again."""
-    assert [name for name in listing("weights2") if name == "neuron_config.json" or "tmp" in name] == []
-    assert_refused(run(LLAMA, "--ckpt", "weights2"), LLAMA, "--ckpt weights2", "no finished conversion")
-    assert_refused(run(CONVERT, "--hf", "weights2", "--out", "out", "--tp", 1), CONVERT, "weights2")
+    assert listing("weights2") == {".conversion"}
+    ran = run(LLAMA, "--ckpt", "weights2")
+    assert_refused(ran, LLAMA, "--ckpt weights2", "no finished conversion", "convert again")
+    assert_refused(run(CONVERT, "--hf", "weights2", "--out", "out", "--tp", 1), CONVERT, "--hf weights2 is converted")
 
 
 @pytest.mark.parametrize(
     ("limit", "file"), [(1000, "weights2"), (100_000, f"weights2/{shards(2)[0]} cannot be written")]
 )
-def test_a_conversion_that_fills_the_disk_leaves_nothing_that_looks_complete(run, limit, file):
+def test_a_conversion_that_fills_the_disk_ends_in_one_line_and_leaves_nothing(run, limit, file):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # less than tokenizer.json, less than a shard
     try:
         ran = run(CONVERT, "--hf", "hf", "--out", "weights2", "--tp", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert_refused(ran, CONVERT, file, "File too large")
-    assert_incomplete(run)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    assert file in ran.err and "File too large" in ran.err
+    assert_gone(run)
 
 
-def test_progress_is_shown_on_a_terminal_and_an_interruption_leaves_nothing_that_looks_complete(run, monkeypatch):
+def test_progress_is_shown_on_a_terminal_and_an_interruption_ends_in_one_line_and_leaves_nothing(run, monkeypatch):
     class Impatient(Screen):
-        def write(self, text: str) -> None:
-            if re.search(r"\b[1-9]\d*/1000\b", text):
-                raise KeyboardInterrupt
+        interrupted = False
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def write(self, text: str) -> int:
+            if re.search(r"\b[1-9]\d*/1000\b", text) and not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Impatient())
-        run(CONVERT, "--hf", "hf", "--out", "weights2", "--tp", 1000)
-    assert 0 < len(listing("weights2") & {*shards(1000)}) < 1000
-    assert_incomplete(run)
+        ran = run(CONVERT, "--hf", "hf", "--out", "weights2", "--tp", 1000)
+        line = sys.stderr.getvalue().splitlines()[-1]
+    assert (ran.code, line) == (130, "convert_weights.py: error: interrupted")
+    assert_gone(run)
 
 
 # ---- refusals
@@ -589,6 +596,13 @@ CONFIG_FAULTS = [
     wrong_key("hidden_act", ["silu"]),
     wrong_key("dtype", "int8", "'int8'", "bfloat16, float16, float32"),
     wrong_key("num_hidden_layers", -1, "-1"),
+    wrong_key("num_hidden_layers", 10**6, "1000000", "from 1 to 10,000"),
+    wrong_key("num_hidden_layers", 10**30, "from 1 to 10,000"),
+    wrong_key("vocab_size", True, "True"),
+    wrong_key("vocab_size", 2**24 + 1, "from 1 to 2^24"),
+    wrong_key("rms_norm_eps", 1e30, "1e+30"),
+    wrong_key("rms_norm_eps", float("nan"), "nan"),
+    wrong_key("rope_theta", 0, "0"),
     wrong_key("num_attention_heads", True, "True"),
     wrong_key("hidden_size", "32", "'32'"),
     wrong_key("rms_norm_eps", "1e-6", "'1e-6'"),
@@ -599,6 +613,13 @@ CONFIG_FAULTS = [
     fault("unknown rope", rope("spiral"), "hf/config.json", "'spiral'", "default, linear, dynamic, llama3, yarn, long"),
     fault("rope without its factor", rope("linear"), "hf/config.json", "linear", "factor"),
     fault("half a rotation", rope("default", partial_rotary_factor=0.5), "hf/config.json", "partial_rotary_factor"),
+    fault("a nest", shell("python3 -c 'print(9**5 * chr(91))' > config.json"), "hf/config.json", "as JSON"),
+    fault("a deep list", config(note=json.loads(40 * "[" + 40 * "]")), "hf/config.json is nested too deeply"),
+    fault("a long JSON", shell("truncate -s 5G config.json"), "hf/config.json has 5,368,709,120 bytes"),
+    fault("a device", shell("rm config.json && ln -s /dev/zero config.json"), "hf/config.json is no regular file"),
+    fault("a FIFO", shell("rm config.json && mkfifo config.json"), "hf/config.json is no regular file"),
+    fault("a FIFO of templates", shell("mkfifo chat_template.jinja"), "hf/chat_template.jinja is no regular file"),
+    fault("a long tokenizer", shell("truncate -s 5G tokenizer.json"), "hf/tokenizer.json has 5,368,709,120 bytes"),
     fault("EOS in words", edited("generation_config.json", eos_token_id="end"), "hf/generation_config.json"),
 ]
 
@@ -623,9 +644,13 @@ TENSOR_FAULTS = [
     fault("a truncated file", shell("truncate -s -100 model.safetensors"), *DAMAGED),
     fault("an empty file", shell("truncate -s 0 model.safetensors"), *DAMAGED),
     fault("no weights", shell("rm model.safetensors"), *ABSENT),
-    fault("a .bin of other things", pickled(lambda t: {"state": t}), "hf"),
+    fault("weights that are a FIFO", shell("rm model.safetensors && mkfifo model.safetensors"), "no regular file"),
+    fault("a .bin of other things", pickled(lambda t: {"state": t}), "hf/pytorch_model.bin holds no tensors by name"),
+    fault("a .bin of numbers", pickled(lambda t: dict(enumerate(t.values()))), "hf/pytorch_model.bin holds no tensors"),
     fault("a .bin of a list", pickled(lambda t: [1]), "hf/pytorch_model.bin cannot be read"),
-    fault("a .bin with code in it", pickled(lambda t: t | {"x": Path()}), "hf/pytorch_model.bin cannot be read"),
+    fault("a .bin with code in it", pickled(lambda t: t | {"x": Path()}), "hf/pytorch_model.bin", "is never run"),
+    fault("a .bin of one number", pickled(lambda t: t | {NORM: torch.ones(1).expand(64)}), NORM, "larger than what is"),
+    fault("a sparse .bin", pickled(lambda t: t | {NORM: torch.ones(64).to_sparse()}), NORM, "sparse"),
 ]
 
 
@@ -679,6 +704,14 @@ FIRST, SECOND = shards(2)
         fault("a missing shard", shell(f"rm {SECOND}"), SECOND),
         fault("a truncated shard", shell(f"truncate -s -100 {SECOND}"), SECOND),
         fault("an empty shard", shell(f"truncate -s 0 {FIRST}"), FIRST),
+        fault("a FIFO for a config", shell("rm config.json && mkfifo config.json"), "config.json is no regular file"),
+        fault("a FIFO for a shard", shell(f"rm {SECOND} && mkfifo {SECOND}"), f"{SECOND} is no regular file"),
+        fault("a device", shell("ln -sf /dev/zero tokenizer.json"), "tokenizer.json is no regular file"),
+        fault("long settings", shell("truncate -s 5G neuron_config.json"), "neuron_config.json", "too long"),
+        fault("a long config", shell("truncate -s 5G config.json"), "config.json", "too long"),
+        fault(
+            "nested settings", shell("python3 -c 'print(9**5 * chr(91))' > neuron_config.json"), "neuron_config.json"
+        ),
         fault("a shard without a seal", shell(f"cp ../hf/model.safetensors {SECOND}"), SECOND),
     ],
 )
@@ -706,6 +739,9 @@ WRONG_FLAGS = [
     (f"{LLAMA1} --prompt=", "prompt 1"),
     (f"{LLAMA1} --sequence-length 2 --prompt-ids 7,8", "prompt 1", "2 tokens", "--sequence-length"),
     (f"{LLAMA1} --batch-size 1 --prompt-ids 7 --prompt-ids 8", "2 prompts", "--batch-size 1"),
+    (f"{LLAMA1} --sequence-length {10**12}", f"--sequence-length {10**12}", "does not fit in memory"),
+    (f"{LLAMA1} --batch-size {10**12}", f"--batch-size {10**12}", "does not fit in memory"),
+    (f"{LLAMA1} --sequence-length {10**30}", "--sequence-length", "does not fit in memory"),
     (f"{LLAMA1} --device tpu", "--device", "'tpu'", "nxd"),
     *((f"{LLAMA1} --device {name}", f"--device {name} is not available") for name, here in HERE.items() if not here),
     (f"{LLAMA1} --attn fast", "--attn", "'fast'", "sdpa"),
@@ -717,6 +753,11 @@ WRONG_FLAGS = [
     (f"{CONVERT1} --buckets 0,8", "--buckets", "0"),
     (f"{CONVERT1} --buckets 8,257", "--buckets", "257", "--sequence-length 256"),
     (f"{CONVERT1} --prefill-chunk-size 0", "--prefill-chunk-size", "positive", "'0'"),
+    (f"{CONVERT1} --prefill-chunk-size 257", "--prefill-chunk-size 257", "--sequence-length 256"),
+    (f"{CONVERT1} --prefill-chunk-size {10**30}", "--prefill-chunk-size", "from 1 to 2^24"),
+    (f"{CONVERT1} --sequence-length {10**30}", "--sequence-length", "from 1 to 2^24"),
+    (f"{CONVERT1} --batch-size {10**9}", "--batch-size", "from 1 to 10,000"),
+    (f"{CONVERT} --hf hf --out out --tp {10**9}", "--tp", "from 1 to 10,000"),
     (f"{CONVERT} --hf hf --out weights1/../hf --tp 1", "--out weights1/../hf", "HF directory itself"),
     (f"{CONVERT} --hf weights2 --out out --tp 2", "--hf weights2 is converted already"),
     (f"{CONVERT} --hf hf --out hf/README.md --tp 1", "hf/README.md"),

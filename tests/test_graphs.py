@@ -358,7 +358,7 @@ def test_the_device_is_picked_by_what_is_installed(stack: str, asked: str, devic
 )
 def test_a_device_that_is_not_installed_is_refused(stack: str, asked: str, install: Callable) -> None:
     install(stack)
-    with pytest.raises(UsageError, match=rf"--device {asked} is not available here: docs/neuron\.md"):
+    with pytest.raises(UsageError, match=rf"--device {asked} is not available here: see docs/neuron\.md"):
         choose_device(asked)
 
 
