@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import command, hf_generate, hf_greedy, hf_model
+from conftest import command, hf_model
 from convert_weights import convert
 from llama_neuron import Parts, UsageError, load_model, shard_path
 from tools.capture import CaptureModel, capture, main
+from tools.oracle import OPTIONAL, run_hf
 
 PROMPTS, NEW_TOKENS = [[5, 11, 2, 60, 33, 47, 3], [7, 1, 40]], 5
 # heads/KV heads 8/2, 9/3, 6/3 (with biases, and sizes that tp does not divide), 6/2 (of another size), 8/1 (biases)
@@ -28,46 +28,10 @@ FAMILIES = ["llama-3", "smollm2", "odd sizes", "head_dim", "granite-code"]
 
 def hf_capture(model: nn.Module, prompt: list[int], new_tokens: int) -> dict[str, Tensor]:
     """What HF's modules compute for a prompt and each greedy new token fed back; the file's names, without B."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    seen: dict[str, list[Tensor]] = defaultdict(list)
-    hooks = []
-
-    def record(name: str, module: nn.Module, part: int | None = None) -> None:
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            seen[name].append(output if part is None else output[part])
-
-        hooks.append(module.register_forward_hook(keep))
-
-    def record_input(name: str, module: nn.Module) -> None:
-        hooks.append(module.register_forward_pre_hook(lambda module, args: seen[name].append(args[0])))
-
-    record("cos", model.model.rotary_emb, 0)
-    record("sin", model.model.rotary_emb, 1)
-    record("hidden_states.0", model.model.embed_tokens)
-    record("final_norm", model.model.norm)
-    for number, layer in enumerate(model.model.layers):
-        record(f"hidden_states.{number + 1}", layer)
-        record(f"layers.{number}.attention", layer.self_attn, 0)
-        record(f"layers.{number}.mlp", layer.mlp)
-        record(f"layers.{number}.q", layer.self_attn.q_proj)
-        record(f"layers.{number}.k", layer.self_attn.k_proj)
-        record(f"layers.{number}.v", layer.self_attn.v_proj)
-        record_input(f"layers.{number}.heads", layer.self_attn.o_proj)
-    hf_generate(model, torch.tensor([prompt]), new_tokens)
-    for hook in hooks:
-        hook.remove()
-
-    logits, new = hf_greedy(model, prompt, new_tokens)
-    tensors = {name: torch.cat(outputs, dim=1) for name, outputs in seen.items()}  # 1 P+M-1 ...
-    cos, sin = tensors.pop("cos"), tensors.pop("sin")
-    for number in range(len(model.model.layers)):
-        q, k, v, heads = (f"layers.{number}.{kind}" for kind in ("q", "k", "v", "heads"))
-        for name in (q, k, v, heads):
-            tensors[name] = tensors[name].unflatten(-1, (-1, model.config.head_dim))
-        tensors[q], tensors[k] = apply_rotary_pos_emb(tensors[q], tensors[k], cos, sin, unsqueeze_dim=2)
-    tensors = {name: tensor[0] for name, tensor in tensors.items()}
-    return tensors | {"logits": logits, "ids": torch.tensor(prompt + new)}
+    tensors = run_hf(model, prompt, new_tokens)
+    for name in [name for name in tensors if name.rpartition(".")[2] in OPTIONAL]:
+        del tensors[name]
+    return tensors | {"greedy": tensors["logits"].argmax(-1)}
 
 
 def assert_is_hfs(captured: dict[str, Tensor], expected: list[dict[str, Tensor]], bound: float) -> None:
@@ -111,7 +75,8 @@ def test_bfloat16_tensors_have_hfs_bits(family: str, hf_checkpoint: Callable, co
     for name, hidden_states in zip(names, theirs, strict=True):
         assert torch.equal(captured[name][:, positions], hidden_states)
     dtypes = {name: tensor.dtype for name, tensor in captured.items()}
-    assert (dtypes.pop("ids"), dtypes.pop("logits")) == (torch.int64, torch.float32)
+    known = dtypes.pop("ids"), dtypes.pop("greedy"), dtypes.pop("logits")
+    assert known == (torch.int64, torch.int32, torch.float32)
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
@@ -123,6 +88,7 @@ def test_bfloat16_ranks_are_as_far_from_float32_as_hf_is(
     prompt = PROMPTS[0]
     theirs = hf_capture(hf_model(hf_checkpoint(family), torch.bfloat16), prompt, NEW_TOKENS)
     ids = theirs.pop("ids").tolist()
+    del theirs["greedy"]  # of logits that differ
     exact = hf_capture(hf_model(hf_checkpoint(family), torch.float32), ids[:-1], 1)
     forced = [ids[len(prompt) :]]
     ours, *_ = on_ranks(tp, run_capture, converted(family, tp, dtype="bfloat16"), [prompt], forced)
@@ -171,7 +137,7 @@ def test_one_graph_without_a_break_returns_all(converted: Callable) -> None:
         eager = model(ids, positions, torch.zeros(1).int())
         model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
         compiled = model(ids, positions, torch.zeros(1).int())
-    assert len(compiled) == 2 + 4 + 3 * 6
+    assert len(compiled) == 3 + 4 + 3 * 6
     for mine, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
@@ -205,16 +171,18 @@ def test_the_command_writes_the_tensors_of_two_ranks(
     assert_is_hfs(load_file(out), [hf_capture(hf, prompt, NEW_TOKENS) for prompt in PROMPTS], bound=2e-5)
     facts = safe_open(out, "pt").metadata()
     assert facts.pop("versions").startswith(f"torch {torch.__version__}")
-    assert facts == {"dtype": "float32", "tp": "2", "device": "cpu"}
+    assert facts == {"dtype": "float32", "tp": "2", "device": "cpu", "prompt_tokens": "[7, 3]"}
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_command_names_a_copy_of_a_head_that_differs(converted: Callable, tmp_path: Path) -> None:
     ckpt = tmp_path / "ckpt"
     shutil.copytree(converted("granite-code", 2), ckpt)  # both ranks hold its only KV head
-    shard, seal = load_file(shard_path(ckpt, 1)), safe_open(shard_path(ckpt, 1), "pt").metadata()
-    shard["model.layers.2.self_attn.Wqkv.bias"][-1] += 1.0  # the last number of v
-    save_file(shard, shard_path(ckpt, 1), seal)
+    file = shard_path(ckpt, 1)
+    bias = load_file(file)["model.layers.2.self_attn.Wqkv.bias"].numpy()
+    before = bias.tobytes()
+    bias[-1] += 1.0  # the last number of v
+    file.write_bytes(file.read_bytes().replace(before, bias.tobytes()))
     done = command("-m", "tools.capture", "--ckpt", ckpt, "--device", "cpu", "--prompt-ids=1,2", "--out", ckpt / "out")
     assert done.returncode == 0
     assert done.stderr == "capture.py: ranks hold different copies of a head, head 0 of layers.2.v is first of 1\n"

@@ -6,6 +6,7 @@ For B prompts, the longest of P tokens, and M new tokens each, the file holds, a
 
     ids                         int64 [B,P+M]: prompts and new tokens; an EOS token does not end a text
     logits                      float32 [B,P+M-1,V]
+    greedy                      int32 [B,P+M-1]: the token that the model's own greedy choice takes there
     hidden_states.0 to .L       [B,P+M-1,E], as all below in the model's dtype: the embedding, and each layer's output
     final_norm                  [B,P+M-1,E]
     layers.N.q, layers.N.heads  [B,P+M-1,H,D]: q after the rotary embedding; attention's output before o_proj
@@ -13,12 +14,13 @@ For B prompts, the longest of P tokens, and M new tokens each, the file holds, a
     layers.N.attention, .mlp    [B,P+M-1,E]: a block's output before it is added
 
 Heads are HF's, in HF's order: ranks are put together, copies and heads of zeros are gone. Shorter rows end in zeros.
-The metadata are versions, dtype, tp and device.
+The metadata are versions, dtype, tp, device, and prompt_tokens, a JSON list.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -26,11 +28,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from convert_weights import write
 from llama_neuron import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,6 +47,7 @@ from llama_neuron import (
     shard_heads,
     start,
 )
+from tools.output import replacing, write_tensors
 
 SHARDED = ("q", "heads", "k", "v")  # a rank has some of the heads
 OF_LAYER = (*SHARDED, "attention", "mlp")
@@ -89,6 +90,8 @@ class CaptureModel(LlamaForCausalLM):
         """What `output_names` lists, on every rank; q, heads, k and v as [B,T,nD], the heads of all ranks side by side.
         `last` is ignored: NxD's graphs are called with it."""
         outputs = [super().forward(input_ids, position_ids, length=length)]
+        normed = self.seen["final_norm"][0]  # B T E
+        outputs.append(self.greedy(normed.flatten(0, 1)).view(input_ids.shape))
         for kind, tensors in self.seen.items():
             for x in tensors:
                 if kind in SHARDED:  # B n T D
@@ -100,7 +103,7 @@ class CaptureModel(LlamaForCausalLM):
 
 def output_names(layers: int) -> list[str]:
     """The file's names of what a CaptureModel returns."""
-    names = ["logits", "final_norm"]
+    names = ["logits", "greedy", "final_norm"]
     names += [f"hidden_states.{number}" for number in range(layers + 1)]
     for kind in OF_LAYER:
         names += [f"layers.{layer}.{kind}" for layer in range(layers)]
@@ -119,7 +122,7 @@ class Recorder(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor, **length: int) -> Tensor:
         outputs = [x.cpu() for x in self.model(input_ids, position_ids, last, **length)]
         self.calls.append(outputs)
-        choices = outputs[0][torch.arange(len(last)), last.cpu()].argmax(-1)  # B
+        choices = outputs[1][torch.arange(len(last)), last.cpu()].long()  # B
         for row, text in enumerate(self.texts):
             position = int(position_ids[row, last[row]]) + 1
             if position < len(text):  # else this is a chunk after the end of the row's prompt, and no choice
@@ -197,7 +200,10 @@ def capture(
 
 def save(args: argparse.Namespace, rank: int) -> None:
     """The work of one rank."""
-    tensors = capture(args.ckpt, args.prompts, args.max_new_tokens, rank=rank, device=args.device)
+    forced = args.forced_ids
+    if forced is not None and [len(ids) for ids in forced] != [args.max_new_tokens] * len(args.prompts):
+        raise UsageError(f"--forced-ids: give --max-new-tokens {args.max_new_tokens} ids for each prompt")
+    tensors = capture(args.ckpt, args.prompts, args.max_new_tokens, rank=rank, device=args.device, forced=forced)
     if rank == 0:
         versions = []
         for name in ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc"):
@@ -205,7 +211,9 @@ def save(args: argparse.Namespace, rank: int) -> None:
                 versions.append(f"{name} {metadata.version(name)}")
         neuron = NeuronConfig.from_pretrained(args.ckpt)
         facts = {"versions": ", ".join(versions), "dtype": neuron.torch_dtype, "tp": str(neuron.tp_degree)}
-        write(args.out, lambda path: save_file(tensors, path, facts | {"device": args.device}))
+        facts |= {"device": args.device, "prompt_tokens": json.dumps([len(prompt) for prompt in args.prompts])}
+        with replacing(args.out) as file:
+            write_tensors(file, tensors.items(), len(tensors), facts)
 
 
 def main() -> None:
@@ -217,10 +225,12 @@ def main() -> None:
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: stdin")
     add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
     add("--max-new-tokens", type=positive_int, default=8, metavar="M", help="default: %(default)s")
+    forced = "M ids that are fed in place of the greedy choices, for each prompt"
+    add("--forced-ids", action="append", type=integers, metavar="1,2,3", help=forced)
     add("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
-    parser.set_defaults(batch_size=None, sequence_length=None, compile=False)
+    parser.set_defaults(batch_size=None, sequence_length=None, compile=False, timeout=60)
     args = parser.parse_args()
-    if not args.out.parent.is_dir() or (args.out.exists() and not args.out.is_file()):
+    if not args.out.parent.is_dir() or args.out.is_symlink() or (args.out.exists() and not args.out.is_file()):
         raise UsageError(f"--out {args.out} cannot be written: name a file in a directory that exists")
     start(args, save)
 
