@@ -1,0 +1,372 @@
+"""Where a Neuron port leaves Hugging Face, and why: `python -m tools.audit`.
+
+    python -m tools.audit --hf ./Llama-3.2-1B --ckpt ./weights --prompt "The capital of France is" --html audit.html
+
+HF's Llama runs twice on the same ids: exactly (in float32; in float64 if float32 is audited) and in the audited dtype.
+The subject is this repository's model, or tensors that were captured elsewhere. At each place from the embedding to the
+logits, in prefill and in decoding with forced ids,
+
+    R = ||subject - HF exact|| / ||HF in the audited dtype - HF exact||
+
+is near 1 if the subject rounds as HF does, whatever the model, the text or the layer. `own R` is the same of one step
+alone: the exact step starts from the subject's own inputs, so errors that were made before it do not count. A place is
+out of bounds if its own R is, or if its R is and stays so to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from convert_weights import DTYPES, llama_config, read_config, require
+from llama_neuron import NeuronConfig, UsageError, check_seal, integers, positive_int, run_command
+from tools import logit_rules
+from tools.captured import Captured, read_captured
+from tools.judge import Text, judge
+from tools.oracle import EXACT, load_hf, run_hf, stored_dtype
+from tools.output import write
+
+# ---- Hugging Face and the subject
+
+
+def read_prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
+    """Ids of --prompt and --prompt-ids, or --tokens random ones."""
+    if not args.prompts:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(vocab_size, (args.tokens,), generator=generator).tolist()]
+    prompts = []
+    for prompt in args.prompts:
+        if isinstance(prompt, str):
+            from transformers import AutoTokenizer
+
+            try:
+                prompt = AutoTokenizer.from_pretrained(args.hf, local_files_only=True)(prompt)["input_ids"]
+            except Exception as error:  # transformers raises nearly all kinds
+                reason = str(error).partition("\n")[0]
+                raise UsageError(f"{args.hf} has no tokenizer that can be read: give --prompt-ids ({reason})") from None
+        require(prompt, "--prompt holds no token: give some text")
+        require(0 <= min(prompt) <= max(prompt) < vocab_size, f"--prompt-ids must be from 0 to {vocab_size - 1}")
+        prompts.append(prompt)
+    return prompts
+
+
+def capture_subject(args: argparse.Namespace, texts: list[list[int]], prompts: list[list[int]]) -> Captured:
+    """tools.capture of --ckpt, in a process of its own, as it is run on a Neuron host: HF's ids are forced."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "capture.safetensors")
+        command = [sys.executable, "-m", "tools.capture", "--ckpt", Path(args.ckpt).resolve(), "--out", out]
+        command += ["--device", args.device]
+        if args.tp:
+            command += ["--tp", args.tp]
+        for text, prompt in zip(texts, prompts, strict=True):
+            forced = text[len(prompt) :]
+            command += ["--prompt-ids", ",".join(map(str, prompt)), "--forced-ids", ",".join(map(str, forced))]
+        command += ["--max-new-tokens", args.new]
+        ran = subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=False)
+        if ran.returncode:  # it has said why
+            sys.exit(ran.returncode)
+        return read_captured(out, llama_config(read_config(args.hf)))
+
+
+def audited_dtype(args: argparse.Namespace, captured: Captured | None) -> str:
+    """The subject's dtype if it is known, else --dtype or that of the checkpoint."""
+    if args.ckpt:
+        source, own = f"--ckpt {args.ckpt}", NeuronConfig.from_pretrained(args.ckpt).torch_dtype
+    else:
+        source, own = f"--captured {args.captured}", captured.facts.get("dtype")
+    if own not in DTYPES:
+        return args.dtype or str(stored_dtype(args.hf)).removeprefix("torch.")
+    require(args.dtype in (None, own), f"--dtype {args.dtype}: {source} is in {own}")
+    return own
+
+
+def make_texts(captured: Captured, hf_runs: list[dict], prompts: list[list[int]], dtype: torch.dtype) -> list[Text]:
+    """Rows of a capture beside HF's; shorter rows end in padding."""
+    texts = []
+    for row, (hf, prompt) in enumerate(zip(hf_runs, prompts, strict=True)):
+        fed = len(hf["ids"]) - 1
+        subject = {name: x[row, :fed] for name, x in captured.tensors.items() if name in hf}
+        seen = {name: captured.seen[name][row, :fed] for name in subject}
+        for name, x in subject.items():
+            fits = x.shape == hf[name].shape
+            require(fits, f"{name} of the capture has shape {list(x.shape)}, HF's {list(hf[name].shape)}")
+        greedy = captured.greedy
+        chosen = None if greedy is None else greedy[row, :fed]
+        texts.append(Text(hf["ids"], len(prompt), subject, seen, hf, dtype, chosen))
+    return texts
+
+
+def audit_hf_itself(model: nn.Module, hf_runs: list[dict], prompts: list[list[int]], exact: nn.Module) -> None:
+    """HF as the subject, run again with its own ids forced through the same taps. Raises UsageError if an audit of it
+    does not say that it has the same bits: then nothing that the audit says of others would count."""
+    texts = []
+    for run, prompt in zip(hf_runs, prompts, strict=True):
+        again = run_hf(model, prompt, len(run["ids"]) - len(prompt), run["ids"][len(prompt) :].tolist())
+        subject = {name: x for name, x in again.items() if name != "ids"}
+        seen = {name: torch.ones(len(x), dtype=torch.bool) for name, x in subject.items()}
+        texts.append(Text(run["ids"], len(prompt), subject, seen, dict(run), model.dtype))
+    found = judge(texts, exact, model.dtype, 1, [])
+    for text in texts:
+        for name, x in text.hf.items():
+            if name in text.hf_step:  # each step follows from those before it, to rounding
+                error = (x - text.hf_step[name]).norm() / text.hf_step[name].norm()
+                if not error < 16 * torch.finfo(model.dtype).eps:
+                    raise UsageError(f"HF's own {name} does not follow from the steps before it: {error:.2g}")
+    if not (found["passed"] and found["bitwise"]):
+        raise UsageError("HF does not repeat itself here, its bits differ from run to run: set OMP_NUM_THREADS=1")
+
+
+def audit(args: argparse.Namespace) -> dict:
+    """The report."""
+    began = time.perf_counter()
+    config = llama_config(read_config(args.hf))
+    captured, prompts, forced, tp = None, None, None, args.tp or 1
+    if args.ckpt:
+        check_seal(args.ckpt, [0])
+        tp = NeuronConfig.from_pretrained(args.ckpt).tp_degree
+    if args.captured:
+        captured = read_captured(args.captured, config, captured_ids(args, config.vocab_size), args.tp)
+        tp = int(captured.facts.get("tp", tp))
+        prompts, forced = ids_of(captured, args.captured)
+    dtype = getattr(torch, audited_dtype(args, captured))
+    model = load_hf(args.hf, dtype)
+    prompts = prompts or read_prompts(args, config.vocab_size)
+    stored = stored_dtype(args.hf)
+    exact = model if stored == dtype else load_hf(args.hf, stored)
+    hf_runs = []
+    for row, prompt in enumerate(prompts):
+        hf_runs.append(run_hf(model, prompt, len(forced[row]) if forced else args.new, forced and forced[row]))
+    audit_hf_itself(model, hf_runs, prompts, exact)
+    if captured is None:
+        captured = capture_subject(args, [run["ids"].tolist() for run in hf_runs], prompts)
+    texts = make_texts(captured, hf_runs, prompts, dtype)
+    report = judge(texts, exact, dtype, tp, args.bounds)
+    report["logits"] = logit_rules.summary(texts, dtype)
+    if args.ckpt:
+        subject = f"{args.ckpt}, tp {tp}, {args.device}"
+    else:
+        subject = f"{args.captured} ({captured.facts['stack']}, tp {tp})"
+    report["setting"] = {
+        "hf": args.hf.resolve().name,
+        "subject": subject,
+        "dtype": str(dtype).removeprefix("torch."),
+        "exact": str(EXACT[dtype]).removeprefix("torch."),
+        "layers": config.num_hidden_layers,
+        "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
+        "date": str(date.today()),
+        "seconds": round(time.perf_counter() - began, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    report["notes"] = captured.notes
+    report["texts"] = [{"ids": text.ids.tolist(), "prompt_tokens": text.prompt} for text in texts]
+    report["command"] = "python -m tools.audit " + shlex.join(sys.argv[1:])
+    report["verdict"] = verdict(report)
+    report["next"] = what_next(report)
+    return report
+
+
+def captured_ids(args: argparse.Namespace, vocab_size: int) -> Tensor | None:
+    """Whole texts of --prompt-ids, for captures that do not tell their ids."""
+    if not args.prompts:
+        return None
+    rows = read_prompts(args, vocab_size)
+    require(len({len(row) for row in rows}) == 1, "--prompt-ids beside --captured: give rows of one length")
+    return torch.tensor(rows)
+
+
+def ids_of(captured: Captured, path: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each row the prompt, and the new tokens: those that were fed back and the one after them."""
+    missing = f"--captured {path} does not tell its ids: give them by --prompt-ids, new ones too"
+    require(captured.ids is not None, missing)
+    positions = next(iter(captured.tensors.values())).shape[1]
+    lengths = captured.prompt_tokens
+    require(lengths, f"--captured {path} does not tell where prompts end: write prompt_tokens into its metadata")
+    prompts, forced = [], []
+    for row, length in zip(captured.ids.tolist(), lengths, strict=True):
+        fed = positions - max(lengths) + length
+        prompts.append(row[:length])
+        forced.append([*row, 0][length : fed + 1])
+    return prompts, forced
+
+
+# ---- words
+
+
+def where(first: dict) -> str:
+    """A report's `first` in words."""
+    layer = "" if first["layer"] is None else f"layer {first['layer']}, "
+    step = "prefill" if first["step"] == 0 else f"decoding step {first['step']}"
+    words = [f"{layer}{first['module']} ({first['place']}), {step}, position {first['position']}"]
+    for name in ("heads", "ranks"):
+        if first[name]:
+            words.append(f"{name} {', '.join(map(str, first[name]))}")
+    return ", ".join(words + first["confined"])
+
+
+def verdict(report: dict) -> str:
+    """The last line of an audit."""
+    count = len({row["place"] for row in report["places"]})
+    if not report["passed"]:
+        return f"FAILED at {where(report['first'])}: {report['causes'][0]['meaning']}"
+    unseen = f", {len(report['not_seen'])} not seen" if report["not_seen"] else ""
+    if report["bitwise"]:
+        return f"passed: bitwise equal to Hugging Face in {report['setting']['dtype']} at {count} places{unseen}"
+    worst = max(row["own_r"] for row in report["places"])
+    return f"passed: rounds as Hugging Face does at {count} places{unseen}; largest own R {worst:.2f}"
+
+
+def what_next(report: dict) -> list[str]:
+    first, advice = report["first"], []
+    if first is not None:
+        advice.append(f"Read the code of {first['place']} beside HF's: python -m tools.side_by_side OUT.html.")
+        also = {row["place"] for row in report["places"] if not row["own_r"] <= row["own_bound"]} - {first["place"]}
+        kinds = sorted({place.rpartition(".")[2] for place in also})
+        if also:
+            advice.append(
+                f"{len(also)} more places are out by themselves ({', '.join(kinds)}): one cause may be behind all."
+            )
+        else:
+            advice.append("No other step is out by itself: what differs after this one is its consequence.")
+    for row in report["kinds"]:
+        if first is None and row.get("share_error", 0) > 0.08:
+            advice.append(
+                f"Give more tokens to decide about {row['of']}: its share is known to +- {row['share_error']:.2f}."
+            )
+    if report["not_seen"]:
+        advice.append(f"Capture {', '.join(report['not_seen'][:4])} too: what is not seen has not passed.")
+    return advice
+
+
+def table(report: dict) -> str:
+    """The report as text."""
+    setting, lines = report["setting"], []
+    lines.append(f"{setting['subject']} against {setting['hf']} in {setting['dtype']}, exact in {setting['exact']}; ")
+    tokens = ", ".join(
+        f"{text['prompt_tokens']}+{len(text['ids']) - text['prompt_tokens']}" for text in report["texts"]
+    )
+    lines[-1] += f"{tokens} tokens; {setting['versions']}"
+    lines.append(
+        f"{'place':34}{'phase':8} {'max':>9}{'mean':>9}{'rel L2':>9}{'cosine':>9}{'ulp':>10}{'R':>9}{'own R':>9}"
+    )
+    for row in report["places"]:
+        mark = "" if row["ok"] else f"  out of bounds ({row['r_bound']:.2f}, own {row['own_bound']:.2f})"
+        numbers = (
+            f"{row['max_abs']:9.2g}{row['mean_abs']:9.2g}{row['rel_l2']:9.2g}{row['cosine']:9.5f}{row['max_ulp']:10.3g}"
+        )
+        lines.append(f"{row['place']:34}{row['phase']:8} {numbers}{row['r']:9.3g}{row['own_r']:9.3g}{mark}")
+    lines.append("\nown R of all layers together")
+    for row in report["kinds"]:
+        mark = "" if row["ok"] else "  out of bounds"
+        share = ""
+        if "share" in row:
+            share = f"; share of {row['of']} {round(row['share'], 2) + 0.0:.2f} +- {row['share_error']:.2f}"
+        lines.append(f"{row['kind']:34}{row['own_r']:8.3f} of {row['own_bound']:.2f}{mark}{share}")
+    if report["not_seen"]:
+        lines.append(f"\nnot seen: {', '.join(report['not_seen'])}")
+    lines += [f"note: {note}" for note in report["notes"]]
+    if report["logits"]:
+        lines += ["", *logit_lines(report["logits"])]
+    for cause in report["causes"]:
+        lines.append(f"\ncause: {cause['meaning']}\n       {cause['evidence']}")
+    lines += [f"next: {advice}" for advice in report["next"]]
+    return "\n".join([*lines, "", report["verdict"]])
+
+
+def logit_lines(logits: dict) -> list[str]:
+    lines = [f"logits: the same greedy token at {logits['top1_agreement']:.1%} of {logits['positions']} positions"]
+    first = logits["first_other"]
+    if first:
+        kind = "a tie" if first["tie"] else "no tie"
+        lines.append(
+            f"first other token: row {first['row']}, position {first['position']}, {first['subject']} for HF's "
+            f"{first['hf']}, whose logits are {first['gap_ulp']:.2g} ulp apart: {kind}"
+        )
+    lines.append(f"KL from HF exact: mean {logits['mean_kl']:.3g}, largest {logits['max_kl']:.3g}; ")
+    lines[-1] += f"HF's own mean {logits['hf_mean_kl']:.3g} nats"
+    for name, key in (("NxDI's logit matching", "nxdi"), ("vLLM Neuron's three-way verdict", "vllm_neuron")):
+        rule = logits[key]
+        lines.append(f"{name}: {'passes' if rule['passed'] else 'fails'}; {rule['note']}")
+    return lines
+
+
+def as_json(value: object) -> object:
+    """NaN and infinity as text: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+# ---- command line
+
+
+def bound(text: str) -> tuple[str, float]:
+    """argparse type of REGEX=NUMBER."""
+    pattern, _, number = text.rpartition("=")
+    try:
+        re.compile(pattern)
+        limit = float(number)
+    except (re.error, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER: {error}") from None
+    if not pattern or not limit > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER with a number above 0")
+    return pattern, limit
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Where a port leaves Hugging Face, and why.", usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--hf", type=Path, required=True, metavar="DIR", help="the HF checkpoint")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--ckpt", metavar="DIR", help="audit this repository's model: what convert_weights.py wrote")
+    captured = "audit tensors of tools.capture (a file), NxDI or vLLM Neuron (a folder)"
+    subject.add_argument("--captured", type=Path, metavar="PATH", help=captured)
+    add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted or captured")
+    add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), default="auto", help="of --ckpt")
+    add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
+    add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
+    add("--tokens", type=positive_int, default=64, metavar="N", help="without a prompt: random ids (%(default)s)")
+    add("--new", type=positive_int, default=8, metavar="M", help="tokens to decode (%(default)s)")
+    add("--dtype", choices=DTYPES, help="what HF's rounding is taken from (default: the subject's dtype)")
+    bounds = "bound of R and own R at places that match, before the built-in ones"
+    add("--bound", dest="bounds", action="append", type=bound, default=[], metavar="REGEX=R", help=bounds)
+    add("--json", action="store_true", help="print the report as one JSON object")
+    add("--plot", type=Path, metavar="FILE.png", help="draw R by layer")
+    add("--html", type=Path, metavar="FILE.html", help="write the report as a page")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = parse_args()
+    report = audit(args)
+    data = as_json(report)
+    if args.plot or args.html:
+        from tools.audit_page import page, plot
+
+        if args.plot:
+            write(args.plot, lambda path: plot(data, path))
+        if args.html:
+            write(args.html, lambda path: path.write_text(page(data)))
+    print(json.dumps(data, indent=1) if args.json else table(report))
+    sys.exit(0 if report["passed"] else 1)
+
+
+if __name__ == "__main__":
+    run_command(main)
