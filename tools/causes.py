@@ -482,7 +482,7 @@ def logits(case: Case) -> Alternatives:
     yield "lm_head gets hidden states without the final norm", F.linear(hidden, weight)
     for name, rounded in rounded_weights(weight.to(case.dtype).to(x), "lm_head"):
         yield name, F.linear(x, rounded)
-    for cap in (30.0, 50.0):
+    for cap in (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0):
         yield f"logits are capped at {cap:g} by tanh (as Gemma 2 does)", cap * torch.tanh(case.step / cap)
     share = -(-weight.shape[0] // case.tp)
     for shift in range(1, case.tp):
