@@ -233,6 +233,10 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     nothing."""
     source, expected, slices = checkpoint.directory, expected_shapes(config), checkpoint.slices
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for name in slices:
+        dtype = str(checkpoint.stored_dtype(name)).removeprefix("torch.")
+        fits = dtype in DTYPES or (name != head and name not in expected)
+        require(fits, f"{source}: {name} is of dtype {dtype}, save it again as one of {', '.join(DTYPES)}")
     if config.tie_word_embeddings and head in slices:
         # HF ties them whatever the file holds; if it holds two different ones, either it or config.json is wrong
         same = embedding not in slices or checkpoint.equal(head, embedding)
@@ -247,8 +251,6 @@ def check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     for name, shape in expected.items():
         has = checkpoint.shape(name)
         require(has == shape, f"{source}: {name} has shape {show(list(has))}, config.json asks for {list(shape)}")
-        dtype = str(checkpoint.stored_dtype(name)).removeprefix("torch.")
-        require(dtype in DTYPES, f"{source}: {name} is of dtype {dtype}, save it again as one of {', '.join(DTYPES)}")
     unknown = sorted(set(slices) - set(expected))
     leftovers = [name for name in unknown if ".rotary_emb." in name or name.endswith("original_inv_freq")]
     if leftovers:

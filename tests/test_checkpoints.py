@@ -432,6 +432,13 @@ def test_a_tensor_of_another_dtype_is_refused_by_name_whatever_is_asked_for(writ
     refuse(f"hf: {name} is of dtype {dtype}", "bfloat16, float16, float32", flags=flags)
 
 
+def test_so_is_a_tied_one_that_no_arithmetic_is_there_for(write, refuse, tensors):
+    embedding = tensors["model.embed_tokens.weight"].view(torch.float8_e8m0fnu)
+    both = {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": embedding}
+    write(weights=tensors | both, tie_word_embeddings=True)
+    refuse("is of dtype F8_E8M0")
+
+
 def test_so_is_one_of_a_bin_file(write, refuse, tensors):
     write()
     save_bin(tensors | {"model.norm.weight": tensors["model.norm.weight"].long()}, zipped=True)

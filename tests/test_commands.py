@@ -650,7 +650,8 @@ TENSOR_FAULTS = [
     fault("a .bin of a list", pickled(lambda t: [1]), "hf/pytorch_model.bin cannot be read"),
     fault("a .bin with code in it", pickled(lambda t: t | {"x": Path()}), "hf/pytorch_model.bin", "is never run"),
     fault("a .bin of one number", pickled(lambda t: t | {NORM: torch.ones(1).expand(64)}), NORM, "larger than what is"),
-    fault("a sparse .bin", pickled(lambda t: t | {NORM: torch.ones(64).to_sparse()}), NORM, "sparse"),
+    fault("a sparse .bin", pickled(lambda t: t | {NORM: torch.ones(64).to_sparse()}), NORM, "no plain tensor"),
+    fault("a .bin of shapes", pickled(lambda t: t | {NORM: torch.ones(64, device="meta")}), NORM, "no plain tensor"),
 ]
 
 

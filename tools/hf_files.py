@@ -199,9 +199,10 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in loaded.items():
         if isinstance(name, str) and isinstance(tensor, Tensor):
-            require(tensor.layout == torch.strided, f"{name} is sparse")
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+            require(plain, f"{show(name)} is no plain tensor")
             # a view that repeats a few numbers may say that it has any size
-            require(tensor.nbytes <= tensor.untyped_storage().nbytes(), f"{name} is larger than what is stored of it")
+            require(tensor.nbytes <= tensor.untyped_storage().nbytes(), f"{show(name)} is larger than what is stored")
             tensors[name] = tensor.detach()
     return tensors
 
