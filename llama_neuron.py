@@ -716,8 +716,8 @@ def compile_decode(model: LlamaForCausalLM) -> None:
 
     token = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32)
     neuron, attention = replace(model.neuron_config, sequence_length=1), model.model.layers[0].self_attn.attention
-    run, groups = partial(model, token, token, length=1), [model.model.layers, [model.lm_head]]
-    compile_one_row(run, groups, repr((model.config, neuron, attention.__name__)), float32=[model.lm_head])
+    run, key = partial(model, token, token, length=1), repr((model.config, neuron, attention.__name__))
+    compile_one_row(run, model.model.layers, key, heads=[model.lm_head])
 
 
 # ---- command line

@@ -1,14 +1,14 @@
 """Ahead-of-time compiled code for modules that get one row, so that their products read weights at memory's pace.
 
-    compiled.compile_one_row(run, [model.layers, [model.lm_head]], key, folder)
+    compiled.compile_one_row(run, model.layers, key, folder, heads=[model.lm_head])
 
-The modules have no branch for it. torch.export traces the first module of a group as a function of its weights and
-caches, a decomposition table swaps its products, and AOTInductor makes a library of it that serves the whole group.
+The modules have no branch for it. torch.export traces the first of the layers as a function of its weights and caches,
+a decomposition table swaps its products, and AOTInductor makes a library of it that serves all layers. A head is a
+single product, and calls that of `products.cpp`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import shutil
@@ -17,14 +17,16 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cpu import products
 from cpu.kept import Kept, open_folder
 from cpu.ranks import die_with_parent, fork
 
@@ -33,33 +35,23 @@ def check() -> None:
     """Raises OSError, in one line, if nothing can be compiled here."""
     if torch.__version__ < "2.13":
         raise OSError(f"ahead-of-time code needs torch 2.13, this is {torch.__version__}")
-    compiler = os.environ.get("CXX", "g++")
+    compiler = products.compiler()
     if shutil.which(compiler) is None:
         raise OSError(f"ahead-of-time code needs a C++ compiler, {compiler} is not there: install g++ or set CXX")
 
 
 # ---- products of one row
 #
-# As multiply and sum in float32, which Inductor fuses with what comes before and after. What a function here declines
-# by NotImplemented stays torch's own product.
+# Those with a weight are `products.few_rows_linear`. Those in attention become multiply and sum in float32, which
+# Inductor fuses with what comes before and after. What a function here declines by NotImplemented stays torch's own.
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [...,E] of one row, weight [N,E] -> [...,N]. Reads 27 to 31 GB/s of weights; `F.linear` 12 to 17."""
-    size = x.shape[-1]
-    if x.numel() != size:
+    """x [...,E] of few rows, weight [N,E] -> [...,N]. The bias is added before the sum is rounded."""
+    if not products.are_few(x, weight):
         return NotImplemented
-    # Inductor adds up more than 4096 numbers by cascades, at half the rate: a longer row is summed in pieces. Of long
-    # rows, two halves of the weight are read at one time. Both: 67 -> 52 ms for a token of Llama-3.2-1B's shape
-    pieces = next(n for n in range(1, size + 1) if size % n == 0 and size <= 4096 * n)
-    sums = []
-    for half in weight.chunk(2 if size >= 2048 else 1):
-        products = (x[..., None, :].float() * half.float()).unflatten(-1, (pieces, -1))
-        sums.append(products.sum(-1).sum(-1))
-    y = torch.cat(sums, dim=-1)
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
+    y = products.few_rows_linear(x.contiguous(), weight)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -85,7 +77,7 @@ def attention(
     return matmul(weights, v).reshape(q.shape)
 
 
-ONE_ROW = {
+DECOMPOSITIONS = {
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.matmul.default: matmul,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
@@ -98,14 +90,12 @@ ONE_ROW = {
 class Stateless(nn.Module):
     """A module as a function of its weights and buffers too."""
 
-    def __init__(self, module: nn.Module, float32: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.call = partial(torch.func.functional_call, module)  # not as a submodule, which has weights of its own
-        self.float32 = float32
 
     def forward(self, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-        y = self.call(state, inputs)
-        return y.float() if self.float32 else y  # Inductor drops a rounding before float()
+        return self.call(state, inputs)
 
 
 def example_arguments(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple, torch.export.ShapesCollection]:
@@ -132,49 +122,61 @@ def example_arguments(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tu
     return (state, tuple(rows)), any_length
 
 
-def code_name(module: nn.Module, arguments: tuple, *depends_on: object) -> str:
+def machine() -> tuple:
+    """What all code depends on."""
+    return torch.__version__, torch.cpu.get_capabilities(), torch.get_num_threads()
+
+
+def code_name(module: nn.Module, arguments: tuple, key: str) -> str:
     """A name that changes with all that the code of a module depends on."""
     state, inputs = arguments
-    sources = {Path(__file__)}
+    sources = {Path(__file__), Path(products.__file__)}
     for part in module.modules():
         if not type(part).__module__.startswith("torch."):
             sources.add(Path(inspect.getsourcefile(type(part))))
-    machine = torch.__version__, torch.cpu.get_capabilities(), torch.get_num_threads()
     group = ()
     if dist.is_initialized():
         group = dist.get_world_size(), dist.group.WORLD.group_name  # constants in the code
     tensors = [(name, x.shape, x.stride(), x.dtype) for name, x in [*state.items(), *enumerate(inputs)]]
+    return named(type(module).__name__, sources, key, group, tensors)
+
+
+def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
     texts = [source.read_text() for source in sorted(sources)]
-    digest = hashlib.sha256(repr((depends_on, machine, group, tensors, texts)).encode()).hexdigest()
-    return f"{type(module).__name__}-{digest[:16]}"
+    return f"{name}-{sha256(repr((depends_on, machine(), texts)).encode()).hexdigest()[:16]}"
 
 
-def compile_file(jobs: list[tuple], scratch: str, number: int) -> None:
-    """Compiles one of the jobs, in a process of its own, with which the memory for it goes."""
+def compile_file(jobs: list[tuple[Kept, Callable[[str], Path]]], scratch: str, number: int) -> None:
+    """Does one of the jobs, in a process of its own, with which the memory for it goes."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, partial(abandon, scratch))
     die_with_parent(signal.SIGTERM)
-    stateless, arguments, dynamic_shapes, kept = jobs[number]
+    os.environ["TMPDIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # for the compiler's temporary files
+    tempfile.tempdir = None
+    kept, compile_to = jobs[number]
+    kept.keep(compile_to(scratch))
+
+
+def compile_module(stateless: Stateless, arguments: tuple, dynamic_shapes: object, scratch: str) -> Path:
+    """A module's code, in a folder."""
     options = {
         # a normed row is kept, not computed again for every row of each weight: 0.9 x the time of a token
         "realize_reads_threshold": 1,
         "realize_opcount_threshold": 8,
         "cpp.threads": torch.get_num_threads(),
         "cpp.vec_isa_ok": True,  # what the CPU says of its vectors is believed, not tried in six processes
+        "aot_inductor.custom_ops_to_c_shims": {products.few_rows_linear: [products.C_SHIM]},
         "aot_inductor.precompile_headers": False,  # which would pay from the third file on
         "aot_inductor.output_path": scratch,
     }
-    os.environ["TMPDIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # for the compiler's temporary files
-    tempfile.tempdir = None
     torch.set_num_threads(1)  # the other threads were not forked
     if "tqdm" in sys.modules:  # torch.fx draws a bar, and a thread of the parent may have held its lock at the fork
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
     warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
     with torch.no_grad():
         program = torch.export.export(stateless, arguments, dynamic_shapes=dynamic_shapes)
-        graph = program.run_decompositions(ONE_ROW).module()
-        made = Path(torch._inductor.aot_compile(graph, arguments, options=options))
-    kept.keep(made)
+        graph = program.run_decompositions(DECOMPOSITIONS).module()
+        return Path(torch._inductor.aot_compile(graph, arguments, options=options))
 
 
 def abandon(scratch: str, *_: object) -> None:
@@ -185,31 +187,39 @@ def abandon(scratch: str, *_: object) -> None:
     os._exit(1)
 
 
-def compiled_forward(
+# ---- what the forward of a module becomes
+
+
+def layer_forward(
     code: Callable, state: list[Tensor], row: Tensor, eager: Callable, x: Tensor, *inputs: Tensor
 ) -> Tensor:
-    """What the forward of a module becomes."""
+    """Compiled code for as many numbers as in `row`, else the module's own forward."""
     if x.numel() != row.numel():
-        return eager(x, *inputs)
+        with products.many_rows():
+            return eager(x, *inputs)
     rest = [other.contiguous() for other in inputs]  # code does not look at strides
     y = code([*state, x.contiguous().view(row.shape), *rest])[0]
     return y.view(*x.shape[:-1], -1)
 
 
+def head_forward(product: Callable, weight: Tensor, eager: Callable, x: Tensor) -> Tensor:
+    return product(x, weight) if products.are_few(x, weight) else eager(x).float()
+
+
 def compile_one_row(
     run: Callable[[], object],
-    groups: Sequence[Sequence[nn.Module]],
+    layers: Sequence[nn.Module],
     key: str,
     folder: str | Path | None = None,
-    float32: Sequence[nn.Module] = (),
+    heads: Sequence[nn.Module] = (),
 ) -> None:
-    """Gives modules a forward that runs compiled code if it gets as many numbers as in `run`, else their own.
+    """Gives layers a forward that runs compiled code if it gets as many numbers as in `run`, else their own.
 
-    `run` calls the whole model once, with one row (one new token) of each sequence in the batch. A group holds modules
-    of one architecture, which share the code of the first. A module takes tensors by position and returns one, shaped
-    like the first of them but for the last dimension. Any length may come for dimension 2 of 4-D buffers (caches, which
-    are written in place) and for the last dimension of bool inputs (masks); other shapes, and dtypes, stay as in `run`.
-    Modules in `float32` return float32, without a rounding to their own dtype. In a batch, linear layers stay torch's.
+    `run` calls the whole model once, with one row (one new token) of each sequence in the batch. The layers are of one
+    architecture and share the code of the first. A layer takes tensors by position and returns one, shaped like the
+    first of them but for the last dimension. Any length may come for dimension 2 of 4-D buffers (caches, which are
+    written in place) and for the last dimension of bool inputs (masks); other shapes, and dtypes, stay as in `run`.
+    Heads are linear modules without bias. They return float32, without a rounding to their own dtype.
 
     Code is kept in `folder` (None: `kept.open_folder` says where), named by a digest of `key` (say what it depends on
     beside shapes and the modules' source files), and compiled if it is not there or not to be trusted (`Kept.find`).
@@ -220,20 +230,18 @@ def compile_one_row(
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         raise ValueError("compiled code would wait for gloo forever, it holds Python's lock: use cpu.shared_memory")
-    recorded: dict[nn.Module, tuple[Tensor, ...]] = {}
-    hooks = [group[0].register_forward_pre_hook(recorded.__setitem__) for group in groups]
+    first, recorded = layers[0], []
+    hook = first.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs))
     with torch.no_grad():
         run()
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
 
-    codes, jobs = [], []
-    for number, (first, *_) in enumerate(groups):
-        arguments, dynamic_shapes = example_arguments(first, recorded[first])
-        kept = Kept(code_name(first, arguments, key, number, first in float32), folder)
-        codes.append(kept)
-        if kept.find() is None:
-            jobs.append((Stateless(first, first in float32), arguments, dynamic_shapes, kept))
+    arguments, dynamic_shapes = example_arguments(first, recorded[0])
+    layer = Kept(code_name(first, arguments, key), folder)
+    library = Kept(named("products", [Path(products.__file__), products.SOURCE]), folder)
+    compile_layer = partial(compile_module, Stateless(first), arguments, dynamic_shapes)
+    both = (layer, compile_layer), (library, products.compile_products)
+    jobs = [(kept, compile_to) for kept, compile_to in both if kept.find() is None]
     if jobs and (not dist.is_initialized() or dist.get_rank() == 0):
         check()
         with tempfile.TemporaryDirectory(dir=open_folder(folder)) as scratch:
@@ -241,10 +249,11 @@ def compile_one_row(
     if dist.is_initialized():
         dist.barrier()
 
-    for group, kept in zip(groups, codes, strict=True):
-        # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-        code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept.find()), 1).run
-        row = recorded[group[0]][0]
-        for module in group:
-            state = [*module.parameters(), *module.buffers()]
-            module.forward = partial(compiled_forward, code, state, row, module.forward)
+    product = products.load(library.find())  # before the code that calls it
+    # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
+    code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(layer.find()), 1).run
+    for module in layers:
+        state = [*module.parameters(), *module.buffers()]
+        module.forward = partial(layer_forward, code, state, recorded[0][0], module.forward)
+    for head in heads:
+        head.forward = partial(head_forward, product, head.weight, head.forward)

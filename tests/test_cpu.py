@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpu import compiled, shared_memory
+from cpu import compiled, products, shared_memory
 from cpu.kept import Kept
 
 # ---- ranks
@@ -200,10 +200,7 @@ class Toy(nn.Module):
 
     def compile(self, folder: Path) -> "Toy":
         run, fused = partial(self, self.example, start=0, length=1), self.layers[0].fused
-        groups = [self.layers]
-        if len(self.example) == 1 and not fused:
-            groups.append([self.head])  # code of one head is enough
-        compiled.compile_one_row(run, groups, f"toy {fused}", folder, float32=[self.head])
+        compiled.compile_one_row(run, self.layers, f"toy {fused}", folder, heads=[self.head])
         return self
 
 
@@ -259,66 +256,90 @@ def test_layers_share_code_and_have_their_own_weights(code: Path) -> None:
     assert torchs.seen == {"mm", "addmm", "bmm"} and compileds.seen == set()
 
 
-@pytest.fixture
-def heads(code: Path) -> Path:
-    """For the code of `compile_head` alone."""
-    return code / "heads"
+class Block(nn.Linear):
+    """A layer and a head in one: the layer's code is small."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        torch.manual_seed(0)
+        super().__init__(24, 50, dtype=dtype)
+        self.head = nn.Linear(50, 24, bias=False, dtype=dtype)
+        self.x = torch.randn(1, 1, 24, dtype=dtype)
+
+    def compile(self, key: str, folder: Path) -> None:
+        compiled.compile_one_row(partial(self, self.x), [self], key, folder, heads=[self.head])
 
 
-def compile_head(folder: Path) -> tuple[nn.Linear, Tensor]:
-    """A module in bfloat16 that returns float32, compiled, and an input of it."""
-    torch.manual_seed(0)
-    head = nn.Linear(24, 50, bias=False, dtype=torch.bfloat16)
-    x = torch.randn(1, 1, 24).bfloat16()
-    compiled.compile_one_row(partial(head, x), [[head]], "head", folder, float32=[head])
-    return head, x
-
-
-def test_a_float32_module_is_not_rounded_to_its_weights_dtype(heads: Path) -> None:
-    head, x = compile_head(heads)
-    y = head(x)
+def test_a_head_is_not_rounded_to_its_weights_dtype(code: Path) -> None:
+    block = Block()
+    block.compile("block", code)
+    x = torch.randn(1, 1, 50).bfloat16()
+    y = block.head(x)
     assert y.dtype == torch.float32
-    torch.testing.assert_close(y.double(), F.linear(x.double(), head.weight.double()), rtol=0, atol=1e-6)
+    expected = F.linear(x.double(), block.head.weight.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-6)
+    assert block.head(torch.cat([x] * 9)).dtype == torch.float32
 
 
-def test_another_key_group_or_dtype_is_other_code(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_key_or_dtype_is_other_code(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules may differ in a function only: no shape, no source file. What is not kept needs a compiler, and fails."""
-    head, x = compile_head(heads)
+    Block().compile("block", code)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    other, _ = compile_head(heads)
-
-    def compile_heads(groups: list[list[nn.Module]], key: str, float32: list[nn.Module]) -> None:
-        compiled.compile_one_row(lambda: (head(x), other(x)), groups, key, heads, float32)
-
-    compile_heads([[head]], "head", [head])
-    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
-        compile_heads([[head]], "another head", [head])
-    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
-        compile_heads([[head], [other]], "head", [head, other])
-    with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
-        compile_heads([[head]], "head", [])
+    Block().compile("block", code)
+    for key, dtype in (("another block", torch.bfloat16), ("block", torch.float32)):
+        with pytest.raises(OSError, match=r"needs a C[+][+] compiler"):
+            Block(dtype).compile(key, code)
 
 
-@pytest.mark.parametrize(("rows", "own"), [(1, False), (2, True)])
-def test_only_a_single_row_is_multiplied_and_summed(rows: int, own: bool) -> None:
-    program = torch.export.export(nn.Linear(8, 4), (torch.randn(rows, 1, 8),)).run_decompositions(compiled.ONE_ROW)
-    targets = {node.target for node in program.graph.nodes}
-    assert (torch.ops.aten.linear.default in targets) == own
+def linear_targets(module: nn.Linear, rows: int, dtype: torch.dtype = torch.float32) -> set[object]:
+    module, x = module.to(dtype), torch.randn(rows, 1, module.in_features, dtype=dtype)
+    program = torch.export.export(module, (x,)).run_decompositions(compiled.DECOMPOSITIONS)
+    return {node.target for node in program.graph.nodes}
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(5, 2048), (6, 8192), (3, 4100)])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-6)])  # one rounding; sums
-def test_a_product_of_long_rows_is_summed_plainly(rows: int, columns: int, dtype: torch.dtype, bound: float) -> None:
-    from torch._inductor.utils import run_and_get_code
+@pytest.mark.parametrize(
+    ("rows", "dtype", "own"),
+    [(1, torch.bfloat16, True), (8, torch.float32, True), (9, torch.float32, False), (1, torch.float64, False)],
+)
+def test_products_of_few_rows_are_our_own(rows: int, dtype: torch.dtype, own: bool) -> None:
+    targets = linear_targets(nn.Linear(8, 4), rows, dtype)
+    assert (torch.ops.aten.linear.default in targets) != own
+    assert (products.few_rows_linear in targets) == own
 
+
+@pytest.fixture(scope="session")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensor, Tensor], Tensor]:
+    return products.load(products.compile_products(str(tmp_path_factory.mktemp("products"))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("N", "E"), [(1, 1), (7, 31), (5, 33), (6, 64), (101, 577), (3, 8192)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8])
+def test_products_are_exact_but_for_float32_sums(
+    rows: int, N: int, E: int, dtype: torch.dtype, product: Callable
+) -> None:
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, 1, columns), (rows, columns), (rows,)))
-    torch._dynamo.reset()
-    options = {"cpp.vec_isa_ok": True}  # as for ahead-of-time code
-    y, code = run_and_get_code(torch.compile(compiled.linear, fullgraph=True, options=options), x, weight, bias)
-    assert "Cascade" not in "".join(code)  # the sum that takes twice the time
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    assert (y.double() - expected).abs().max() < bound * expected.abs().max()
+    x, weight = torch.randn(rows, 1, E).to(dtype), torch.randn(N, E).to(dtype)
+    y = product(x, weight)
+    assert y.dtype == torch.float32 and y.shape == (rows, 1, N)
+    bound = 1e-6 * F.linear(x.double().abs(), weight.double().abs())  # 8 units of float32, of the sum of magnitudes
+    assert ((y.double() - F.linear(x.double(), weight.double())).abs() <= bound).all()
+
+
+def test_a_product_takes_rows_with_any_strides(product: Callable) -> None:
+    x, weight = torch.randn(24, 3), torch.randn(5, 24)
+    torch.testing.assert_close(product(x.T, weight), x.T @ weight.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "N", "bias"), [(9, 1300, True), (200, 512, False)])
+def test_many_rows_in_float32_are_rounded_once(rows: int, N: int, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, linear = torch.randn(2, rows, 40).to(dtype), nn.Linear(40, N, bias, dtype=dtype)
+    with products.InFloat32():
+        y = linear(x)
+    expected = F.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 RUN_KEPT = """
@@ -411,21 +432,24 @@ def test_a_folder_in_which_others_may_write_is_refused(spoil: Callable, tmp_path
         Toy(9).compile(folder)
 
 
-def test_a_damaged_file_is_compiled_again(heads: Path, tmp_path: Path) -> None:
-    compile_head(heads)
-    (whole,) = heads.iterdir()
-    copy = tmp_path / whole.name
-    shutil.copy(whole, copy)
-    os.truncate(copy, copy.stat().st_size // 2)
-    head, x = compile_head(tmp_path)
-    torch.testing.assert_close(head(x).double(), F.linear(x.double(), head.weight.double()), rtol=0, atol=1e-6)
-    (file,) = tmp_path.iterdir()
-    assert Kept(file.stem.rpartition("-")[0], tmp_path).find() == file
+def test_damaged_files_are_compiled_again(code: Path, tmp_path: Path) -> None:
+    Block().compile("block", code)
+    copies = [
+        Path(shutil.copy(file, tmp_path)) for prefix in ("Block", "products") for file in code.glob(f"{prefix}-*")
+    ]
+    for copy in copies:
+        os.truncate(copy, copy.stat().st_size // 2)
+    block = Block()
+    expected = block(block.x)
+    block.compile("block", tmp_path)
+    torch.testing.assert_close(block(block.x), expected, rtol=2**-8, atol=0)
+    for name in {copy.stem.rpartition("-")[0] for copy in copies}:
+        assert Kept(name, tmp_path).find() is not None
 
 
 def compile_alone(process: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    compile_head(folder)
+    Block().compile("block", folder)
 
 
 def test_a_compilation_whose_process_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
@@ -470,7 +494,7 @@ def compile_sharded(rank: int, ranks: int, folder: Path) -> None:
     y = F.relu(F.linear(x, up))
     expected = torch.cat((F.linear(y, down), y), dim=-1)
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
-    compiled.compile_one_row(partial(module, x), [[module]], "sharded", folder)
+    compiled.compile_one_row(partial(module, x), [module], "sharded", folder)
     for _ in range(50):
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
 
@@ -502,7 +526,7 @@ class HalfAsLong(nn.Module):
 def test_code_that_would_depend_on_a_length_is_refused(code: Path) -> None:
     module, x, mask = HalfAsLong(), torch.zeros(1, 3), torch.ones(1, 1, 5, dtype=torch.bool)
     with pytest.raises(Exception, match=r"Not all values of length = .* satisfy"):
-        compiled.compile_one_row(lambda: module(x, mask), [[module]], "", code)
+        compiled.compile_one_row(lambda: module(x, mask), [module], "", code)
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
