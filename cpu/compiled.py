@@ -98,19 +98,21 @@ class Stateless(nn.Module):
         return self.call(state, inputs)
 
 
-def example_arguments(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple, torch.export.ShapesCollection]:
+def example_arguments(
+    module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[tuple[dict[str, Tensor], tuple[Tensor, ...]], list[tuple[Tensor, int, str]]]:
     """What a module is compiled for, (state, inputs), and which dimensions of that may have any length.
 
     The example has 512 cache slots and a mask of 256: numbers that differ, or torch would take them for one, and for
     which Inductor uses threads and vectors. With 4 and 2, a token after 1500 others takes 1.09 x the time.
     """
-    any_length = torch.export.ShapesCollection()
+    any_length = []
 
     def resize(x: Tensor, dim: int, length: int, name: str) -> Tensor:
         shape = list(x.shape)
         shape[dim] = length
         example = x.new_ones(shape)
-        any_length[example] = {dim: torch.export.Dim(name)}  # with a name, code that holds for some lengths is refused
+        any_length.append((example, dim, name))
         return example
 
     state = dict(module.named_parameters())
@@ -157,24 +159,30 @@ def compile_file(jobs: list[tuple[Kept, Callable[[str], Path]]], scratch: str, n
     kept.keep(compile_to(scratch))
 
 
-def compile_module(stateless: Stateless, arguments: tuple, dynamic_shapes: object, scratch: str) -> Path:
-    """A module's code, in a folder."""
+def compile_module(module: nn.Module, arguments: tuple, any_length: list[tuple], scratch: str) -> Path:
+    """Makes a module's code in a folder, for what `example_arguments` gives."""
+    from torch._inductor.cpu_vec_isa import VecISA
+
     options = {
         # a normed row is kept, not computed again for every row of each weight: 0.9 x the time of a token
         "realize_reads_threshold": 1,
         "realize_opcount_threshold": 8,
         "cpp.threads": torch.get_num_threads(),
-        "cpp.vec_isa_ok": True,  # what the CPU says of its vectors is believed, not tried in six processes
         "aot_inductor.custom_ops_to_c_shims": {products.few_rows_linear: [products.C_SHIM]},
+        "aot_inductor.compile_wrapper_opt_level": "O0",  # 2 s less, and no slower
         "aot_inductor.precompile_headers": False,  # which would pay from the third file on
         "aot_inductor.output_path": scratch,
     }
+    VecISA.check_build = lambda *_: True  # what the CPU says of its vectors is believed: six trials would take 3 s
     torch.set_num_threads(1)  # the other threads were not forked
     if "tqdm" in sys.modules:  # torch.fx draws a bar, and a thread of the parent may have held its lock at the fork
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
     warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
+    shapes = torch.export.ShapesCollection()
+    for example, dim, name in any_length:
+        shapes[example] = {dim: torch.export.Dim(name)}  # with a name, code that holds for some lengths is refused
     with torch.no_grad():
-        program = torch.export.export(stateless, arguments, dynamic_shapes=dynamic_shapes)
+        program = torch.export.export(Stateless(module), arguments, dynamic_shapes=shapes)
         graph = program.run_decompositions(DECOMPOSITIONS).module()
         return Path(torch._inductor.aot_compile(graph, arguments, options=options))
 
@@ -236,11 +244,10 @@ def compile_one_row(
         run()
     hook.remove()
 
-    arguments, dynamic_shapes = example_arguments(first, recorded[0])
+    arguments, any_length = example_arguments(first, recorded[0])
     layer = Kept(code_name(first, arguments, key), folder)
     library = Kept(named("products", [Path(products.__file__), products.SOURCE]), folder)
-    compile_layer = partial(compile_module, Stateless(first), arguments, dynamic_shapes)
-    both = (layer, compile_layer), (library, products.compile_products)
+    both = (layer, partial(compile_module, first, arguments, any_length)), (library, products.compile_products)
     jobs = [(kept, compile_to) for kept, compile_to in both if kept.find() is None]
     if jobs and (not dist.is_initialized() or dist.get_rank() == 0):
         check()

@@ -1,15 +1,20 @@
-"""Speed of `llama_neuron.py` beside Hugging Face, llama.cpp and gpt-fast: `python -m tools.benchmark --hf DIR`.
+"""Speed of `llama_neuron.py` beside Hugging Face, llama.cpp and gpt-fast: `python -m tools.benchmark --hf DIR`, or with
+a random checkpoint, `--shape 1b`.
 
 A case is a competitor (`tools/competitors.py`) at one setting, in a process of its own that warms up and then measures.
 The cases of a group run one after the other, and the group `--rounds` times over, because a shared machine changes its
 speed from minute to minute: ratios are taken within a round, and what is printed is the median (and the range) of the
 rounds. The output says which competitors are missing here, and why.
+
+Decoding a large model waits for memory, so each round also measures how fast this machine reads: the share of that rate
+which a case reaches says how much could still be gained.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,13 +26,15 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 
 import torch
 
-from convert_weights import convert, read_config, require
+from convert_weights import convert, expected_shapes, llama_config, read_config, require
 from llama_neuron import LlamaConfig, positive_int, run_command
-from tools.competitors import BASELINE, COMPETITORS, Case, Files, LlamaNeuron, Seconds
+from tools.competitors import BASELINE, COMPETITORS, Case, Files, Seconds
 from tools.output import replacing
+from tools.random_checkpoint import SHAPES, make_random
 
 SETTINGS = {  # of each group: what differs from the defaults of Case
     "bf16": [{}],
@@ -38,40 +45,70 @@ SETTINGS = {  # of each group: what differs from the defaults of Case
 }
 GROUPS = (*SETTINGS, "process")
 
-Results = list[tuple[Case, list[Seconds]]]  # each case of a group, with its seconds in every round
+Sample = dict[str, float]  # Seconds of a case in a round, with read_gb_s of the round, and the share of it
+Results = list[tuple[Case, list[Sample]]]  # each case of a group, with its samples in every round
 
 
 # ---- cases, in rounds
 
 
 def run_process(*command: object, **environment: str) -> tuple[float, str]:
-    """Wall time and standard output of a command."""
-    line = [str(word) for word in command]
+    """Wall time and standard output of a command. A shell starts it: Linux counts the peak memory of the process that
+    becomes a command as the command's own, and this one's is large."""
+    line = ["sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]  # without exit, sh itself would become the command
     start = time.perf_counter()
     ran = subprocess.run(line, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - start, ran.stdout
 
 
-def cases(group: str, missing: dict[str, str]) -> list[Case]:
-    """What a group times. Those that its table compares are neighbours: competitors at one setting, or in `cache` the
-    settings of one competitor."""
-    names = [name for name, entry in COMPETITORS.items() if group in entry.groups and name not in missing]
+def cases(group: str, chosen: list[str]) -> list[Case]:
+    """What a group times of the chosen competitors; nothing in `process`. Those that its table compares are neighbours:
+    competitors at one setting, or in `cache` the settings of one competitor."""
+    names = [name for name, entry in COMPETITORS.items() if group in entry.groups and name in chosen]
     if group == "cache":
         return [Case(name, **setting) for name in names for setting in SETTINGS[group]]
-    return [Case(name, **setting) for setting in SETTINGS[group] for name in names]
+    return [Case(name, **setting) for setting in SETTINGS.get(group, []) for name in names]
+
+
+def read_bandwidth() -> float:
+    """GB/s that all threads read of memory: the best of five sums over 2 GiB."""
+    numbers, best = torch.ones(2**29), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - start)
+    return numbers.nbytes / best / 1e9
+
+
+def numbers_read(config: LlamaConfig) -> int:
+    """How many weights decoding reads for a token: all but the embedding table, unless lm_head is that table."""
+    shapes = expected_shapes(config)
+    if not config.tie_word_embeddings:
+        del shapes["model.embed_tokens.weight"]
+    return sum(map(math.prod, shapes.values()))
+
+
+def with_share(case: Case, seconds: Seconds, numbers: int, read_gb_s: float) -> Sample:
+    """A sample: `share` is the rate at which a case reads `numbers` weights, over that of the machine."""
+    gigabytes = numbers * getattr(torch, case.dtype).itemsize / 1e9
+    return seconds | {"read_gb_s": read_gb_s, "share": gigabytes / seconds["step_s"] / read_gb_s}
 
 
 def run_in_turn(todo: list[Case], rounds: int, files: Files) -> Results:
     """Every case once a round, each in a process of its own."""
     for case in todo:
         COMPETITORS[case.system].source(case, files)
+    numbers = numbers_read(llama_config(read_config(files.hf)))
     results: Results = [(case, []) for case in todo]
-    command = [sys.executable, "-m", "tools.benchmark", *sys.argv[1:], "--folder", files.folder, "--case"]
+    command = [sys.executable, "-m", "tools.benchmark", "--hf", files.hf, "--folder", files.folder]
+    command += ["--threads", torch.get_num_threads()]
+    command += ["--gpt-fast", files.gpt_fast] if files.gpt_fast else []
     for number in range(rounds):
+        read_gb_s = read_bandwidth()
         for case, samples in results:
             print(f"round {number + 1}: {describe(case)}", file=sys.stderr)
-            _, answer = run_process(*command, json.dumps(asdict(case)))
-            samples.append(json.loads(answer.splitlines()[-1]))
+            _, answer = run_process(*command, "--case", json.dumps(asdict(case)))
+            samples.append(with_share(case, json.loads(answer.splitlines()[-1]), numbers, read_gb_s))
     return results
 
 
@@ -140,24 +177,29 @@ def spread(values: list[float], form: str) -> str:
     return f"{median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
-def against(samples: list[Seconds], others: list[Seconds], key: str) -> float:
+def against(samples: list[Sample], others: list[Sample], key: str) -> float:
     """Median over the rounds of this case's seconds over those of the other, measured in the same round."""
     return median(mine[key] / other[key] for mine, other in zip(samples, others, strict=True))
 
 
 def table(group: str, results: Results) -> str:
     """Markdown. Ratios: speed of decoding and time of prefill against BASELINE at the same setting, or in `cache`
-    against the same competitor with 512 slots."""
-    other = "cache 512" if group == "cache" else BASELINE
-    lines = [f"| case | decode tokens/s | x {other} | prefill ms | x {other} |", "| --- | --- | --- | --- | --- |"]
+    against the same competitor with 512 slots; "-" if that was not measured."""
+    other, measured = "cache 512" if group == "cache" else BASELINE, dict(results)
+    lines = [f"| case | decode tokens/s | x {other} | share of read bandwidth | prefill ms | x {other} |"]
+    lines.append("| --- " * 6 + "|")
     for case, samples in results:
         wanted = replace(case, cache=512) if group == "cache" else replace(case, system=BASELINE)
-        others = dict(results)[wanted]
+        faster = longer = "-"
+        if wanted in measured:
+            faster = f"{1 / against(samples, measured[wanted], 'step_s'):.2f}"
+            longer = f"{against(samples, measured[wanted], 'prefill_s'):.2f}"
         rates = spread([case.batch / sample["step_s"] for sample in samples], ".1f")
+        share = median(sample["share"] for sample in samples)
         prefill = spread([sample["prefill_s"] * 1e3 for sample in samples], ".0f")
-        faster, longer = 1 / against(samples, others, "step_s"), against(samples, others, "prefill_s")
-        lines.append(f"| {describe(case)} | {rates} | {faster:.2f} | {prefill} | {longer:.2f} |")
-    return "\n".join(lines)
+        lines.append(f"| {describe(case)} | {rates} | {faster} | {share:.2f} | {prefill} | {longer} |")
+    bandwidths = spread([sample["read_gb_s"] for sample in results[0][1]], ".1f")
+    return "\n".join([*lines, "", f"Read bandwidth: {bandwidths} GB/s."])
 
 
 def process_table(samples: list[dict[str, float]]) -> str:
@@ -175,28 +217,35 @@ def process_table(samples: list[dict[str, float]]) -> str:
 
 
 def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
-    """Tokens/s of every competitor, and milliseconds against the length of the text."""
+    """Tokens/s of every competitor; and in FILE-length.png, milliseconds against the length of the text."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    figure.suptitle(title)
-    bars, decode, prefill = figure.subplots(1, 3)
     rates = {case.system: median(1 / sample["step_s"] for sample in samples) for case, samples in bf16}
     names = sorted(rates, key=rates.get)
-    colors = ["tab:blue" if isinstance(COMPETITORS[name], LlamaNeuron) else "tab:gray" for name in names]
-    drawn = bars.barh(names, [rates[name] for name in names], color=colors)
-    bars.bar_label(drawn, fmt="%.0f", padding=3)
-    bars.margins(x=0.12)
-    bars.set(title="decoding after 128 tokens", xlabel="tokens/s")
+    bars = Figure(figsize=(8, 1.6 + 0.32 * len(names)), layout="constrained")
+    axes = bars.subplots()
+    drawn = axes.barh(names, [rates[name] for name in names], color=[COMPETITORS[name].color for name in names])
+    axes.bar_label(drawn, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
+    axes.set(title="decoding after 128 tokens", xlabel="tokens/s")
+
+    lines = Figure(figsize=(11, 5.4), layout="constrained")
+    decode, prefill = lines.subplots(1, 2)
     for axes, key, what in ((decode, "step_s", "decoding one token"), (prefill, "prefill_s", "prefill")):
         for name in dict.fromkeys(case.system for case, _ in length):
             found = [(case.prompt, samples) for case, samples in length if case.system == name]
             milliseconds = [median(sample[key] for sample in samples) * 1e3 for _, samples in found]
-            axes.plot([prompt for prompt, _ in found], milliseconds, marker="o", label=name)
-        axes.set(title=what, xlabel="tokens of the text", ylabel="ms", ylim=(0, None))
-        axes.legend()
-    with replacing(file) as stream:
-        figure.savefig(stream, dpi=110, format="png")
+            axes.plot([prompt for prompt, _ in found], milliseconds, "o-", color=COMPETITORS[name].color, label=name)
+        prompts = sorted({case.prompt for case, _ in length})
+        axes.set(title=what, xlabel="tokens of the text", xticks=prompts, ylabel="ms", ylim=(0, None))
+        axes.tick_params(axis="x", labelsize=8)  # 128 and 256 are close
+        axes.grid(axis="y", alpha=0.3)
+    lines.legend(*decode.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+
+    for figure, path in ((bars, file), (lines, file.with_stem(f"{file.stem}-length"))):
+        figure.suptitle(fill(title, 12 * int(figure.get_figwidth())), fontsize=9)
+        with replacing(path) as stream:
+            figure.savefig(stream, dpi=110, format="png")
 
 
 # ---- command line
@@ -205,13 +254,21 @@ def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed beside HF and others.", usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="HF checkpoint")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--hf", type=Path, metavar="DIR", help="HF checkpoint")
+    shape = (
+        "random weights in the shape of Llama-3.2-1B or Llama-3.1-8B. Files in TMPDIR: 1b, 12 GB for the groups bf16 "
+    )
+    shape += "and length, 40 GB for all; 8b, 50 GB for bf16 with --only 'llama_neuron compile' llama.cpp"
+    model.add_argument("--shape", choices=SHAPES, help=shape)
     add("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help=f"default: {' '.join(GROUPS)}")
     add("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
     add("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
+    only = f"these competitors alone (not in the group process): {'; '.join(COMPETITORS)}"
+    add("--only", nargs="+", choices=COMPETITORS, default=COMPETITORS, metavar="NAME", help=only)
     add("--gpt-fast", type=Path, metavar="DIR", help="a checkout of gpt-fast, to measure it as well")
     add("--json", action="store_true", help="print all samples as one JSON object instead of tables")
-    add("--chart", type=Path, metavar="FILE.png", help="draw the groups bf16 and length")
+    add("--chart", type=Path, metavar="FILE.png", help="draw the group bf16, and length as FILE-length.png")
     add("--case", type=json.loads, help=argparse.SUPPRESS)  # in the process of a case
     add("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -225,27 +282,32 @@ def main() -> None:
         case = Case(**args.case)
         print(json.dumps(COMPETITORS[case.system].time(case, files)))
         return
-    read_config(args.hf)  # raises UsageError now, not in the first case
-    drawn = {"bf16", "length"} <= set(args.groups)
-    require(args.chart is None or drawn, "--chart draws bf16 and length: add both groups")
+    if args.hf:
+        read_config(args.hf)  # raises UsageError now, not in the first case
     checkout = args.gpt_fast is None or (args.gpt_fast / "model.py").exists()
     require(checkout, f"--gpt-fast {args.gpt_fast} holds no model.py: name a checkout")
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    reasons = {name: entry.missing(files) for name, entry in COMPETITORS.items()}
+    reasons = {name: COMPETITORS[name].missing(files) for name in args.only}
     missing = {name: reason for name, reason in reasons.items() if reason}
+    todo = {group: cases(group, [name for name in args.only if name not in missing]) for group in args.groups}
+    drawn = todo.get("bf16") and todo.get("length")
+    require(args.chart is None or drawn, "--chart draws bf16 and length: add both groups")
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     results, processes = {}, []
     with tempfile.TemporaryDirectory() as scratch:
-        files = replace(files, folder=Path(scratch))
+        files = replace(files, hf=args.hf or Path(scratch, f"random-{args.shape}"), folder=Path(scratch))
+        if args.shape:
+            make_random(files.hf, args.shape)
         for group in args.groups:
             if group == "process":
                 processes = [measure_processes(files) for _ in range(args.rounds)]
-            else:
-                results[group] = run_in_turn(cases(group, missing), args.rounds, files)
-    not_measured = ["llama.cpp and gpt-fast at batch 8, gpt-fast in float32 (left out here)"]
+            elif todo[group]:
+                results[group] = run_in_turn(todo[group], args.rounds, files)
+    not_measured = ["gpt-fast in other groups than bf16 (left out here)"]
+    not_measured += [f"{name} (--only)" for name in COMPETITORS if name not in args.only]
     not_measured += [f"{name} ({reason})" for name, reason in missing.items()]
-    setting = f"{date.today()}, {args.hf.resolve().name}, {args.threads} threads, {platform.machine()}, "
+    setting = f"{date.today()}, {files.hf.resolve().name}, {args.threads} threads, {platform.machine()}, "
     setting += f"{args.rounds} rounds, torch {torch.__version__}, transformers {version('transformers')}"
-    if "llama.cpp" not in missing:
+    if "llama.cpp" in args.only and "llama.cpp" not in missing:
         setting += f", llama_cpp_python {version('llama_cpp_python')}"
     if args.chart:
         draw(results["bf16"], results["length"], setting, args.chart)

@@ -1,16 +1,18 @@
 """What `tools.benchmark` compares: each competitor is an entry of COMPETITORS, at the end of this file.
 
-An entry says its name, which groups of the benchmark it joins, why it is missing here (if it is), what it reads, and
-how it is timed. All of them get the same random prompts, and make as many tokens.
+An entry says its name, which groups of the benchmark it joins, its color in charts, why it is missing here (if it is),
+what it reads, and how it is timed. All of them get the same random prompts, and make as many tokens.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -69,6 +71,7 @@ class Competitor:
 
     name: str
     groups: tuple[str, ...]
+    color: str
     compiled: bool = False
 
     def missing(self, files: Files) -> str | None:
@@ -163,26 +166,53 @@ class LlamaCpp(Competitor):
         return file
 
     def time(self, case: Case, files: Files) -> Seconds:
-        import llama_cpp
-        import numpy as np
+        run = open_llama_cpp(self.source(case, files), case)
+        prompts = case.prompts(llama_config(read_config(files.hf)).vocab_size)
+        return timed(lambda tick: run(prompts, tick))
 
-        file = str(self.source(case, files))
-        threads = torch.get_num_threads()
-        model = llama_cpp.Llama(
-            file, n_ctx=case.cache, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
-        (prompt,) = case.prompts(model.n_vocab())
 
-        def run(tick: Tick) -> None:
-            model.reset()
-            tokens = prompt
-            for _ in range(case.new + 1):
-                model.eval(tokens)
-                logits = np.ctypeslib.as_array(model._ctx.get_logits(), shape=(model.n_vocab(),))
-                tokens = [int(logits.argmax())]
-                tick()
+def open_llama_cpp(file: Path, case: Case) -> Callable[[list[list[int]], Tick], list[list[int]]]:
+    """Greedy decoding by its C functions, with their defaults: run(prompts, tick) gives the new tokens of each prompt.
+    The rows of a batch are sequences of one context, and every step is one call for all of them."""
+    import llama_cpp as lib
+    import numpy as np
 
-        return timed(run)
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints all that llama.cpp reports
+    model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_seq_max, params.n_ctx = case.batch, case.batch * case.cache
+    params.n_batch = case.batch * case.prompt  # all prompts in one call, which computes 512 tokens (n_ubatch) at a time
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise RuntimeError(f"llama.cpp cannot load {file}")
+    shape = (case.batch, lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)))
+    batch = lib.llama_batch_init(params.n_batch, 0, 1)
+
+    def step(rows: list[list[int]], position: int) -> list[int]:
+        """The next token of every row, after these, the first of which are at `position`."""
+        length = len(rows[0])
+        batch.n_tokens = len(rows) * length
+        for index, token in enumerate(chain(*rows)):
+            row, offset = divmod(index, length)
+            batch.token[index], batch.pos[index] = token, position + offset
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
+            batch.logits[index] = offset == length - 1
+        code = lib.llama_decode(context, batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode failed with code {code}")
+        return np.ctypeslib.as_array(lib.llama_get_logits(context), shape).argmax(-1).tolist()
+
+    def run(prompts: list[list[int]], tick: Tick) -> list[list[int]]:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        steps = [step(prompts, 0)]
+        tick()
+        for position in range(case.prompt, case.prompt + case.new):
+            steps.append(step([[token] for token in steps[-1]], position))
+            tick()
+        return [list(row) for row in zip(*steps, strict=True)]
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -241,6 +271,8 @@ def write_gguf(hf: Path, file: Path, dtype: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -302,20 +334,20 @@ def load_gpt_fast(case: Case, files: Files) -> torch.nn.Module:
 BATCH = ("bf16", "fp32", "batch")
 LENGTH = (*BATCH, "length")
 CACHE = (*LENGTH, "cache")
-ENTRIES = (
-    LlamaNeuron("llama_neuron eager", CACHE),
-    LlamaNeuron("llama_neuron sdpa", CACHE, attn="sdpa"),
-    LlamaNeuron("llama_neuron flash", LENGTH, attn="flash"),
-    LlamaNeuron("llama_neuron compile", CACHE, compiled=True),
-    LlamaNeuron("llama_neuron eager, tp 2", BATCH, tp=2),
-    LlamaNeuron("llama_neuron compile, tp 2", BATCH, tp=2, compiled=True),
-    HuggingFace("HF sdpa", LENGTH),
-    HuggingFace("HF eager", BATCH, attn="eager"),
-    HuggingFace("HF static", ("bf16",), cache="static"),
-    HuggingFace("HF static compile", ("bf16",), cache="static", compiled=True),
-    LlamaCpp("llama.cpp", ("bf16", "fp32")),
-    GptFast("gpt-fast eager", ("bf16",)),
-    GptFast("gpt-fast compile", ("bf16",), compiled=True),
+ENTRIES = (  # blue is ours
+    LlamaNeuron("llama_neuron eager", CACHE, "#7aa6de"),
+    LlamaNeuron("llama_neuron sdpa", CACHE, "#2f74c0", attn="sdpa"),
+    LlamaNeuron("llama_neuron flash", LENGTH, "#8a63c9", attn="flash"),
+    LlamaNeuron("llama_neuron compile", CACHE, "#0b2f6b", compiled=True, attn="sdpa"),
+    LlamaNeuron("llama_neuron eager, tp 2", BATCH, "#7ccfda", tp=2),
+    LlamaNeuron("llama_neuron compile, tp 2", LENGTH, "#12a0b5", compiled=True, attn="sdpa", tp=2),
+    HuggingFace("HF sdpa", LENGTH, "#d9541e"),
+    HuggingFace("HF eager", BATCH, "#eda06a", attn="eager"),
+    HuggingFace("HF static", ("bf16",), "#e3bd6b", cache="static"),
+    HuggingFace("HF static compile", ("bf16",), "#a3360f", cache="static", compiled=True),
+    LlamaCpp("llama.cpp", LENGTH, "#2e8b3d"),
+    GptFast("gpt-fast eager", ("bf16",), "#b0a08c"),
+    GptFast("gpt-fast compile", ("bf16",), "#75654f", compiled=True),
 )
 COMPETITORS = {entry.name: entry for entry in ENTRIES}
 BASELINE = "HF sdpa"  # what ratios are taken against
