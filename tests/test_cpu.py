@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import command
 from cpu import compiled, products, shared_memory
 from cpu.kept import Kept
 
@@ -340,6 +341,27 @@ def test_many_rows_in_float32_are_rounded_once(rows: int, N: int, bias: bool, dt
     expected = F.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_attention_in_float32_is_rounded_once() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 30, 16).bfloat16() for heads in (6, 2, 2))
+    mask = torch.ones(30, 30, dtype=torch.bool).tril()
+    call = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=0.3, enable_gqa=True)
+    with products.InFloat32():
+        y = call(q, k, v)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), call(q.double(), k.double(), v.double()), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(("used", "mode"), [("avx2", "InFloat32"), ("avx512", "nullcontext")])
+def test_a_cpu_that_leaves_bfloat16_instructions_multiplies_many_rows_in_float32(used: str, mode: str) -> None:
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this CPU has none to leave")
+    ran = command(
+        "-c", "from cpu import products; print(type(products.many_rows()).__name__)", ATEN_CPU_CAPABILITY=used
+    )
+    assert (ran.stdout, ran.stderr) == (f"{mode}\n", "")
 
 
 RUN_KEPT = """
