@@ -144,6 +144,7 @@ def code_name(module: nn.Module, arguments: tuple, key: str) -> str:
 
 
 def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
+    """A name with a digest of source files, the machine and all else that code depends on."""
     texts = [source.read_text() for source in sorted(sources)]
     return f"{name}-{sha256(repr((depends_on, machine(), texts)).encode()).hexdigest()[:16]}"
 
@@ -211,6 +212,7 @@ def layer_forward(
 
 
 def head_forward(product: Callable, weight: Tensor, eager: Callable, x: Tensor) -> Tensor:
+    """The product of few rows, else the module's own forward, in float32."""
     return product(x, weight) if products.are_few(x, weight) else eager(x).float()
 
 

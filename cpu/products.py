@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")  # GCC 12 warns of its own headers
 FEW = 8  # rows; torch's product of more is faster
 DTYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 
@@ -46,6 +46,7 @@ def are_few(x: Tensor, weight: Tensor) -> bool:
 
 
 def compiler() -> str:
+    """The C++ compiler's command."""
     return os.environ.get("CXX", "g++")
 
 
