@@ -22,6 +22,9 @@ from torch import Tensor
 from convert_weights import convert, read_config
 from llama_neuron import UsageError, positive_int
 
+# The same bits as HF's need sums in one order. AMX adds in an order that depends on shapes, and Wqkv is not q, k and v
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
 ROOT = Path(__file__).parent
 
 TINY = {
