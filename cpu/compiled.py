@@ -126,7 +126,7 @@ def example_arguments(
 
 def machine() -> tuple:
     """What all code depends on."""
-    return torch.__version__, torch.cpu.get_capabilities(), torch.get_num_threads()
+    return torch.__version__, torch.cpu.get_capabilities()
 
 
 def code_name(module: nn.Module, arguments: tuple, key: str) -> str:
@@ -140,7 +140,7 @@ def code_name(module: nn.Module, arguments: tuple, key: str) -> str:
     if dist.is_initialized():
         group = dist.get_world_size(), dist.group.WORLD.group_name  # constants in the code
     tensors = [(name, x.shape, x.stride(), x.dtype) for name, x in [*state.items(), *enumerate(inputs)]]
-    return named(type(module).__name__, sources, key, group, tensors)
+    return named(type(module).__name__, sources, key, torch.get_num_threads(), group, tensors)
 
 
 def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
