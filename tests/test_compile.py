@@ -132,7 +132,7 @@ def test_logits_are_hfs(hf_checkpoint: Callable, converted: Callable) -> None:
 
 
 def test_logits_and_ids_of_a_batch_are_hfs(hf_checkpoint: Callable, converted: Callable) -> None:
-    """Its products are torch's own. With flash attention, whose single rows are eager's: it is the code of both."""
+    """With flash attention, whose single rows are eager's: it is the code of both."""
     model, hf = compiled_model(converted(ODD), 2, attn="flash"), hf_model(hf_checkpoint(ODD), torch.float32)
     assert_logits_and_ids_are_hfs(model, hf, PROMPTS)
     for prompts in (PROMPTS, [[5], [40]]):  # prompts of one token are read by compiled code
