@@ -113,6 +113,7 @@ def fork(work: Callable[[int], None], count: int, timeout: float = 60.0, name: s
     """
     context = mp.get_context("fork")
     listener, processes = Listener(range(count), timeout), {}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a process has dropped our handler of it
     try:
         for number in range(count):
             line, sends = context.Pipe(duplex=False)
@@ -120,6 +121,7 @@ def fork(work: Callable[[int], None], count: int, timeout: float = 60.0, name: s
             process.start()
             sends.close()
             listener.lines[line], processes[number] = number, process
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while processes:
             for _, message in listener.hear(*(process.sentinel for process in processes.values())):
                 if message is not None:
@@ -143,6 +145,7 @@ def fork(work: Callable[[int], None], count: int, timeout: float = 60.0, name: s
             process.join(GRACE)
             process.kill()
             process.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ending(exit_code: int) -> str:
@@ -160,6 +163,7 @@ def run_forked(work: Callable[[int], None], number: int, line: Connection, paren
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     sender = Sender([line])
     sender.start()
     try:

@@ -13,6 +13,7 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,10 +149,13 @@ class Ran(NamedTuple):
 def execute(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: object) -> int:
     """Executes a script in this process as `python SCRIPT` does; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         runpy.run_path(str(ROOT / command), run_name="__main__")
     except SystemExit as stop:
         return stop.code or 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return 0
 
 

@@ -1,11 +1,12 @@
 """Ranks that are killed, stopped or interrupted: one line says so, the whole run ends, and nothing of it is left."""
 
-import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_what_ends_a_process_is_raised_and_ends_the_others(
     assert str(raised.value) == says
     assert time.monotonic() - began < 5
     assert set(multiprocessing.active_children()) == set(others)
+
+
+def test_a_process_that_has_hardly_begun_ends_in_spite_of_its_parents_handler() -> None:
+    slow, before = threading.Event(), signal.signal(signal.SIGTERM, lambda *_: None)
+    multiprocessing.util.register_after_fork(slow, lambda _: time.sleep(3))  # forgotten with `slow`
+    began = time.monotonic()
+    try:
+        with pytest.raises(ChildProcessError, match="has not answered for 1 s"):
+            fork(lambda number: time.sleep(60), 1, timeout=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert 3 < time.monotonic() - began < 5
 
 
 def test_a_stopped_process_is_named_when_it_has_been_silent_for_too_long() -> None:
