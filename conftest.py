@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -24,6 +25,9 @@ from llama_neuron import UsageError, positive_int
 
 # The same bits as HF's need sums in one order. AMX adds in an order that depends on shapes, and Wqkv is not q, k and v
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which they would hand to commands
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent
 

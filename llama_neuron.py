@@ -737,6 +737,8 @@ def integers(text: str) -> list[int]:
 def run_command(main: Callable[[], None]) -> None:
     """One line says what ends a command: a mistake (exit code 2), a file or rank that fails (1), Ctrl-C (130)."""
     try:
+        if sys.stdout is None:  # and what is opened next would be taken for it
+            raise OSError("stdout is closed: redirect it, to /dev/null if need be")
         main()
         print(end="", flush=True)
     except (UsageError, ImportError, OSError, KeyboardInterrupt) as error:
@@ -749,8 +751,15 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """It says what is wrong by `run_command`: once, however many ranks torchrun has started."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Llama as AWS Neuron computes it, greedy.", usage=argparse.SUPPRESS)
+    parser = ArgumentParser(description="Llama as AWS Neuron computes it, greedy.", usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--ckpt", required=True, help="from convert_weights.py")
     add("--tp", type=positive_int, help="ranks, as converted")

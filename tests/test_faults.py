@@ -618,6 +618,13 @@ def test_a_stdout_that_is_full_ends_in_one_line(flags):
     assert (ran.returncode, ran.stderr) == (1, "llama_neuron.py: error: [Errno 28] No space left on device\n")
 
 
+def test_a_stdout_that_is_closed_from_the_start_ends_in_one_line():
+    line = [sys.executable, ROOT / "llama_neuron.py", "--ckpt", "one", "--prompt-ids=1,2"]
+    ran = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *line], stderr=subprocess.PIPE, text=True, timeout=100)
+    says = "llama_neuron.py: error: stdout is closed: redirect it, to /dev/null if need be\n"
+    assert (ran.returncode, ran.stderr) == (1, says)
+
+
 def test_a_stdout_that_is_closed_ends_in_one_line_after_the_text_that_was_read():
     line = [sys.executable, ROOT / "llama_neuron.py", "--ckpt", "one", "--prompt", "3w1", "--ignore-eos"]
     line += ["--sequence-length", "20000", "--max-new-tokens", "20000"]

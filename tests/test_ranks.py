@@ -261,9 +261,17 @@ def test_a_fault_ends_ranks_of_torchrun_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_mistake_is_said_by_one_rank_of_torchrun(converted: Callable) -> None:
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        (("--prompt-ids", "96"), "prompt 1: token ids must be from 0 to 95"),
+        (("--tp", "x"), "argument --tp: 'x' is not a positive integer"),
+    ],
+    ids=["tokens", "flag"],
+)
+def test_a_mistake_is_said_by_one_rank_of_torchrun(converted: Callable, flag: tuple[str, str], says: str) -> None:
     torchrun = (*TORCHRUN, "--nproc-per-node", "4", str(ROOT / COMMAND))
-    flags = ("--ckpt", str(converted("llama-2", 4)), "--prompt-ids", "96")
+    flags = ("--ckpt", str(converted("llama-2", 4)), *flag)
     ran = subprocess.run((*torchrun, *flags), capture_output=True, text=True, timeout=100)
     said = [line for line in ran.stderr.splitlines() if line.startswith(COMMAND)]
-    assert said == [f"{COMMAND}: error: prompt 1: token ids must be from 0 to 95"]
+    assert said == [f"{COMMAND}: error: {says}"]
