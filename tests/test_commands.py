@@ -149,13 +149,14 @@ class Ran(NamedTuple):
 def execute(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: object) -> int:
     """Executes a script in this process as `python SCRIPT` does; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, stdout = signal.getsignal(signal.SIGTERM), sys.stdout
     try:
         runpy.run_path(str(ROOT / command), run_name="__main__")
     except SystemExit as stop:
         return stop.code or 0
     finally:
         signal.signal(signal.SIGTERM, handler)
+        sys.stdout = stdout
     return 0
 
 
