@@ -173,7 +173,8 @@ def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
 
 def rotate_half(x: Tensor) -> Tensor:
     """HF's `rotate_half`: [x1, x2] -> [-x2, x1]."""
-    x1, x2 = x.chunk(2, dim=-1)
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
 
 
@@ -190,8 +191,6 @@ class KVCache(nn.Module):
     Differs: each row writes at its own positions; padding too, to be overwritten before a query of its row can see it.
     Why: one graph has one shape, so the cache cannot grow with the text."""
 
-    static = False  # True: attention reads all slots, prompts have few lengths
-
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, dtype=dtype))
@@ -199,17 +198,16 @@ class KVCache(nn.Module):
 
     def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # B 1
+        row = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]  # B 1
         self.k[row, :, position_ids] = k.transpose(1, 2)
         self.v[row, :, position_ids] = v.transpose(1, 2)
         return self.k[:, :, :length], self.v[:, :, :length]
 
 
 class NeuronKVCache(KVCache):
-    """The same out of place, which on a CPU would copy it for every token. Why: NxD's ModelBuilder keeps a buffer only
-    if it is assigned again."""
-
-    static = True
+    """The same out of place, for NxD alone: its ModelBuilder keeps a buffer only if it is assigned again. On a CPU that
+    would copy the cache for every token; TorchNeuron, which makes an aliased output of a write in place, would hold a
+    second cache."""
 
     def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
@@ -301,7 +299,8 @@ def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
         return x
     # functional collectives become ops of a graph
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, dist.group.WORLD.group_name)
-    return torch.cat(torch.ops._c10d_functional.wait_tensor(gathered).chunk(tp), dim=-1)
+    gathered = torch.ops._c10d_functional.wait_tensor(gathered).view(tp, *x.shape)
+    return gathered.movedim(0, -2).flatten(-2)
 
 
 def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
@@ -392,15 +391,18 @@ class Parts:
     norm: type[LlamaRMSNorm] = LlamaRMSNorm
     cache: type[KVCache] = KVCache
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = eager_attention_forward
+    static: bool = False  # every shape is known: attention reads all slots, prompts have few lengths
 
     @classmethod
     def of_device(cls, device: str, attn: str = "eager") -> Parts:
-        """Those of a device."""
+        """Those of a device. Raises UsageError for sdpa on TorchNeuron."""
         if device == "nxd":
             from neuronx_distributed.parallel_layers import layers
 
-            return cls(layers, NeuronRMSNorm, NeuronKVCache, ATTENTION[attn])
-        return cls(cache=NeuronKVCache if device == "neuron" else KVCache, attention=ATTENTION[attn])
+            return cls(layers, NeuronRMSNorm, NeuronKVCache, ATTENTION[attn], static=True)
+        if device == "neuron" and attn == "sdpa":  # says its source of 2025
+            raise UsageError("--attn sdpa: TorchNeuron's masks with -inf and copies KV heads, take eager or flash")
+        return cls(attention=ATTENTION[attn], static=device == "neuron")
 
 
 # ---- MLP, attention, layers, model
@@ -445,8 +447,10 @@ class LlamaAttention(nn.Module):
         B, T, _ = hidden_states.shape
         H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = self.Wqkv(hidden_states).view(B, T, H + 2 * K, D).transpose(1, 2)  # B H+2K T D
-        qk, v = qkv.split((H + K, K), dim=1)
-        q, k = apply_rotary_pos_emb(qk, cos, sin).split((H, K), dim=1)  # B H T D, B K T D
+        # never `split`: where torch-neuronx turns functionalization off (XLA_DISABLE_FUNCTIONALIZATION=1, its default)
+        # torch-xla returns wrong data for it in a batch (pytorch/xla 8640; NxDI's NAPP-3145)
+        qk, v = qkv.tensor_split((H + K,), dim=1)
+        q, k = apply_rotary_pos_emb(qk, cos, sin).tensor_split((H,), dim=1)  # B H T D, B K T D
         k, v = self.kv_cache.update(k, v, position_ids, length=mask.shape[-1])  # B K S D
         y = self.attention(q, k, v, mask, self.scaling)  # B H T D
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
@@ -503,7 +507,7 @@ class LlamaForCausalLM(nn.Module):
 
     def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
         super().__init__()
-        self.config, self.neuron_config, self.static = config, neuron, parts.cache.static
+        self.config, self.neuron_config, self.static = config, neuron, parts.static
         self.model = LlamaModel(config, neuron, parts)
         column, shape = parts.layers.ColumnParallelLinear, (config.hidden_size, config.vocab_size)
         self.lm_head = column(*shape, bias=False, gather_output=False, dtype=neuron.dtype, pad=True)
@@ -580,7 +584,14 @@ def read_shard(ckpt: str | Path, rank: int) -> dict[str, Tensor]:
 
 
 def load_model(
-    ckpt: str | Path, rank: int = 0, *, batch_size=None, sequence_length=None, device="cpu", parts: Parts | None = None
+    ckpt: str | Path,
+    rank: int = 0,
+    *,
+    batch_size=None,
+    sequence_length=None,
+    device="cpu",
+    parts: Parts | None = None,
+    model_class=LlamaForCausalLM,
 ) -> LlamaForCausalLM:
     """One rank's model, from a conversion for as many ranks as the process group has. batch_size and sequence_length
     default to the conversion's, `parts` to the device's. Raises UsageError if files or ranks do not fit."""
@@ -589,14 +600,15 @@ def load_model(
     if tp_size() != neuron.tp_degree:
         raise UsageError(f"{ckpt} is for --tp {neuron.tp_degree}, here are {tp_size()} ranks: convert it again")
     try:
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(ckpt), neuron, parts or Parts.of_device(device))
+        model = model_class(LlamaConfig.from_pretrained(ckpt), neuron, parts or Parts.of_device(device))
     except (RuntimeError, TypeError):  # of torch's allocator
         shape = f"--batch-size {neuron.batch_size} --sequence-length {neuron.sequence_length}"
         raise UsageError(f"{shape}: the cache does not fit in memory") from None
     model.load_state_dict(dict(model.named_buffers()) | read_shard(ckpt, rank), assign=True)
     model.eval().to(device)
-    if device == "neuron":
-        model.compile(backend="neuron", fullgraph=True, dynamic=False)
+    if device == "neuron":  # a graph for decode and one for each length of a prompt, where torch stops at 8
+        graphs = 1 + len(neuron.prefill_lengths())
+        model.compile(backend="neuron", fullgraph=True, dynamic=False, recompile_limit=graphs)
     return model
 
 
@@ -768,7 +780,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-new-tokens", type=positive_int, default=64, help="default: %(default)s")
     add("--batch-size", type=positive_int, help="as converted")
     add("--sequence-length", type=positive_int, help="as converted")
-    add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), default="auto", help="default: what is installed")
+    add("--device", default="auto", help="auto, cpu, nxd, neuron, cuda, ...; default: what is installed")
     add("--attn", choices=ATTENTION, help="default: eager, as HF; with --compile sdpa")
     add("--compile", action="store_true", help="on a CPU: compiled decoding")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
@@ -780,10 +792,11 @@ def parse_args() -> argparse.Namespace:
 def choose_device(asked: str) -> str:
     """What --device means here; NxD needs torch-xla, TorchNeuron has none. Raises UsageError if it is absent."""
     xla, neuronx, nxd = (find_spec(name) for name in ("torch_xla", "torch_neuronx", "neuronx_distributed"))
-    available = {"nxd": nxd and xla, "neuron": neuronx and not xla, "cpu": True, "cuda": torch.cuda.device_count()}
+    available = {"nxd": nxd and xla, "neuron": neuronx and not xla, "cpu": True}
     if asked == "auto":
         return next(device for device in available if available[device])
-    if not available[asked]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, or another that torch knows
+    if not available.get(asked, accelerator is not None and asked == accelerator.type):
         raise UsageError(f"--device {asked} is not available here: see docs/neuron.md")
     return asked
 
@@ -848,6 +861,16 @@ def run(args: argparse.Namespace, rank: int) -> None:
         print(f"on {args.device}:", *(f"{name} {value:.4g}" for name, value in timings.items()), file=sys.stderr)
 
 
+def init_process_group(device: str) -> None:
+    """torchrun's ranks in one group: prompts go over gloo, the device's tensors over its own backend. The group comes
+    before the device, since TorchNeuron's group is what gives each process its NeuronCore."""
+    if device == "cpu":
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group(f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}")
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+
+
 def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], None]) -> None:
     """Calls work(args, rank) on --tp ranks: by cpu/ on a CPU if it is there, else by torchrun."""
     args.device, args.tokenizer, rank = choose_device(args.device), None, int(os.environ.get("RANK", 0))
@@ -866,12 +889,10 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.tp}"]
         os.execv(sys.executable, torchrun + sys.orig_argv[1:])
     if torchrun:
-        if args.device != "cpu":
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         if has_cpu:
             import_module("cpu.torchrun").join(args.timeout)
         else:
-            dist.init_process_group()  # gloo on a CPU, else the device's own
+            init_process_group(args.device)
     if not args.prompts and rank == 0:  # piped stdin, else a built-in sentence
         piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace")
         args.prompts = [piped.strip() or "The capital of France is"]

@@ -191,7 +191,7 @@ def test_chunks_and_buckets_compute_the_same(
     settings: dict, attn: str, hf_checkpoint: Callable, converted: Callable
 ) -> None:
     ckpt = converted("llama-3.1", sequence_length=128, **settings)
-    parts = Parts(cache=NeuronKVCache, attention=ATTENTION[attn])  # static shapes, as on a Neuron device
+    parts = Parts(cache=NeuronKVCache, attention=ATTENTION[attn], static=True)  # static shapes, as on a Neuron device
     model = load_model(ckpt, batch_size=2, parts=parts)
     hf = hf_model(hf_checkpoint("llama-3.1"), torch.float32)
     prompts = torch.randint(96, (2, 50), generator=torch.Generator().manual_seed(0)).tolist()

@@ -129,9 +129,8 @@ def test_a_captures_text_goes_on_after_eos_and_ends_with_the_prompt_if_one_token
 
 def test_one_graph_without_a_break_returns_all(converted: Callable) -> None:
     """As TorchNeuron compiles it: static shapes, the whole cache, and no Python between the graph's pieces."""
-    plain = load_model(converted("odd sizes", sequence_length=32))
-    model = CaptureModel(plain.config, plain.neuron_config, Parts.of_device("neuron")).eval()
-    model.load_state_dict(plain.state_dict(), assign=True)
+    ckpt = converted("odd sizes", sequence_length=32)
+    model = load_model(ckpt, parts=Parts.of_device("neuron"), model_class=CaptureModel)
     ids, positions = torch.tensor([PROMPTS[0]]).int(), torch.arange(7)[None].int()
     with torch.no_grad():
         eager = model(ids, positions, torch.zeros(1).int())

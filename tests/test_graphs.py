@@ -21,8 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import command, hf_greedy, hf_model
 from llama_neuron import (
-    ATTENTION,
-    KVCache,
     LlamaConfig,
     LlamaForCausalLM,
     NeuronConfig,
@@ -47,14 +45,13 @@ OPS = {
     *("aten.add.Tensor", "aten.mul.Tensor", "aten.neg", "aten.pow.Tensor_Scalar", "aten.mean.dim", "aten.rsqrt"),
     *("aten.cos", "aten.sin"),
     *("aten.view", "aten.expand", "aten.permute", "aten.unsqueeze", "aten.squeeze.dims", "aten.alias"),
-    *("aten.cat", "aten.slice.Tensor", "aten.split_with_sizes", "aten.clone", "aten._to_copy"),
+    *("aten.cat", "aten.slice.Tensor", "aten.clone", "aten._to_copy"),
     *("aten.arange.start_step", "aten.full_like", "aten.scalar_tensor"),
     *("aten.le.Tensor", "aten.lt.Tensor", "aten.where.self"),
-    *("aten.scatter.src", "aten.gather", "aten.max.dim", "aten.argmax"),
+    *("aten.index_put", "aten.gather", "aten.max.dim", "aten.argmax"),
 }
 MORE_OPS = {
-    "sdpa": {"aten.any.dim", "aten.eq.Scalar", "aten.logical_not", "aten.mul.Scalar"},
-    "flash": {*("aten.amax", "aten.maximum", "aten.sub.Tensor", "aten.exp", "aten.sum.dim_IntList", "aten.div.Tensor")},
+    "flash": {*("aten.amax", "aten.maximum", "aten.sub.Tensor", "aten.exp", "aten.sum.dim_IntList", "aten.div.Tensor")}
 }
 COLLECTIVES = {
     *("_c10d_functional.all_reduce", "_c10d_functional.all_gather_into_tensor", "_c10d_functional.wait_tensor")
@@ -63,19 +60,6 @@ VOCAB_PARALLEL_OPS = {  # which rows of the embedding a rank has
     *("aten.sub.Tensor", "aten.ge.Scalar", "aten.lt.Scalar", "aten.bitwise_and.Tensor")
 }
 INT64_OPS = {"aten._to_copy", "aten.max.dim", "aten.argmax"}  # indices, made and used as such
-
-
-class InPlaceCache(KVCache):
-    """NeuronKVCache with a scatter that writes in place. Why: strict export drops a buffer that is assigned again, so
-    its graph would write nothing; the tracers of NxD and TorchNeuron keep it. Both become the same ATen op."""
-
-    static = True
-
-    def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        index = position_ids[:, None, :, None].expand_as(k).long()
-        self.k.scatter_(2, index, k)
-        self.v.scatter_(2, index, v)
-        return self.k[:, :, :length], self.v[:, :, :length]
 
 
 def inputs(tokens: list[int], start: int = 0) -> tuple[Tensor, Tensor]:
@@ -120,7 +104,7 @@ def one_layer(ckpt: Path, attn: str, length: int) -> LlamaForCausalLM:
     """A model with one layer and no weights: which ops there are depends on neither."""
     config = replace(LlamaConfig.from_pretrained(ckpt), num_hidden_layers=1)
     neuron = replace(NeuronConfig.from_pretrained(ckpt), sequence_length=length)
-    return LlamaForCausalLM(config, neuron, Parts(cache=InPlaceCache, attention=ATTENTION[attn])).eval()
+    return LlamaForCausalLM(config, neuron, Parts.of_device("neuron", attn)).eval()
 
 
 def test_export_is_strict_and_made_of_known_ops(converted: Callable) -> None:
@@ -195,7 +179,7 @@ def test_one_graph_traced_as_rank_0_serves_both_ranks(
     choose: bool, vocab_parallel: bool, hf_checkpoint: Callable, converted: Callable, as_rank_0_of_2: None
 ) -> None:
     ckpt = converted(FAMILY, 2, sequence_length=LENGTH, vocab_parallel=vocab_parallel)
-    model = load_model(ckpt, rank=0, parts=Parts(cache=InPlaceCache))
+    model = load_model(ckpt, rank=0, parts=Parts.of_device("neuron"))
     graphs = {tokens: export(model, tokens, choose) for tokens in (8, 1)}
     found = ops(graphs[8], model) | ops(graphs[1], model)
     assert found - OPS == COLLECTIVES | (VOCAB_PARALLEL_OPS if vocab_parallel else set())

@@ -132,15 +132,9 @@ class Recorder(nn.Module):
 
 def load(ckpt: str | Path, rank: int, device: str, batch_size: int) -> nn.Module:
     """A CaptureModel, or graphs of it, as `llama_neuron.py` runs them on this device."""
-    parts = Parts.of_device(device)
     if device == "nxd":
-        return compile_nxd(ckpt, batch_size=batch_size, parts=parts, model_class=CaptureModel)
-    plain = load_model(ckpt, rank, batch_size=batch_size, device=device, parts=parts)
-    model = CaptureModel(plain.config, plain.neuron_config, parts).eval()
-    model.load_state_dict(plain.state_dict(), assign=True)
-    if device == "neuron":
-        model.compile(backend="neuron", fullgraph=True, dynamic=False)
-    return model
+        return compile_nxd(ckpt, batch_size=batch_size, parts=Parts.of_device(device), model_class=CaptureModel)
+    return load_model(ckpt, rank, batch_size=batch_size, device=device, model_class=CaptureModel)
 
 
 def join_heads(captured: dict[str, Tensor], config: LlamaConfig, tp: int) -> list[str]:
@@ -221,7 +215,7 @@ def main() -> None:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote")
     add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted")
-    add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), default="auto", help="default: what is installed")
+    add("--device", default="auto", help="as for llama_neuron.py; default: what is installed")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: stdin")
     add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
     add("--max-new-tokens", type=positive_int, default=8, metavar="M", help="default: %(default)s")
