@@ -51,7 +51,7 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 32 * 8192 * 128,
         "replicated_bytes": 2 * 7 * (32 * 8_192 + 4_096),  # norms
         "padding_bytes": 0,
-        "fits": {"trn1": True, "inf2": True, "trn2": True},
+        "fits": {"trn1": True, "inf2": True, "trn2": True, "trn3": True},
     },
     # 24 is 3 ranks to a KV head: the 4 query heads of its group become 6, 2 to a rank, so that 16 of 48 are zeros;
     # intermediate 14336 / 24 -> 598 (16 features over), hidden 4096 / 24 -> 171 (8 columns of the table over)
@@ -63,7 +63,7 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 32 * 8192 * 128,
         "replicated_bytes": 2 * (23 * (32 * 8_192 + 4_096) + 32 * 16 * 2 * 128 * 4096),  # norms, 16 more KV heads
         "padding_bytes": 2 * (32 * (16 * 2 * 128 * 4096 + 16 * 3 * 4096) + 8 * 128256),
-        "fits": {"trn1": None, "inf2": True, "trn2": None},
+        "fits": {"trn1": None, "inf2": True, "trn2": None, "trn3": None},
     },
     # 8 query heads and 1 KV head: 18 * 128 * 8192 = 18,874,368; MLP 3 * 3584 * 8192 = 88,080,384;
     # 80 * (18,874,368 + 88,080,384 + 16,384) + 8,192; embed and lm_head 16032 * 8192 = 131,334,144 each: 17.6 GB
@@ -75,7 +75,7 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 80 * 8192 * 128,
         "replicated_bytes": 2 * 7 * (80 * 16_384 + 8_192),
         "padding_bytes": 0,
-        "fits": {"trn1": False, "inf2": False, "trn2": True},
+        "fits": {"trn1": False, "inf2": False, "trn2": True, "trn3": True},
     },
     # 32 is 4 ranks to a KV head, 24 heads more than the 8 that there are
     ("70B", 32): {
@@ -86,9 +86,9 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 80 * 8192 * 128,
         "replicated_bytes": 2 * (31 * (80 * 16_384 + 8_192) + 80 * 24 * 2 * 128 * 8192),
         "padding_bytes": 0,
-        "fits": {"trn1": True, "inf2": None, "trn2": True},
+        "fits": {"trn1": True, "inf2": None, "trn2": True, "trn3": True},
     },
-    # 25.6 GB
+    # 25.6 GB: more than trn2 has, less than trn3
     ("405B", 32): {
         "query_heads": 4,
         "kv_heads": 1,
@@ -97,7 +97,7 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 126 * 8192 * 128,
         "replicated_bytes": 2 * (31 * (126 * 32_768 + 16_384) + 126 * 24 * 2 * 128 * 16384),
         "padding_bytes": 0,
-        "fits": {"trn1": False, "inf2": None, "trn2": False},
+        "fits": {"trn1": False, "inf2": None, "trn2": False, "trn3": True},
     },
     ("405B", 64): {
         "query_heads": 2,
@@ -107,7 +107,7 @@ BY_HAND = {
         "kv_cache_bytes": 2 * 2 * 126 * 8192 * 128,
         "replicated_bytes": 2 * (63 * (126 * 32_768 + 16_384) + 126 * 56 * 2 * 128 * 16384),
         "padding_bytes": 0,
-        "fits": {"trn1": None, "inf2": None, "trn2": True},
+        "fits": {"trn1": None, "inf2": None, "trn2": True, "trn3": True},
     },
 }
 
@@ -175,10 +175,12 @@ def test_without_tp_all_degrees_are_planned_that_an_instance_has_collectives_for
     rows = json.loads(command("--hf", write_config(tmp_path, **SIZES["70B"]), "--json"))
     assert [row["tp_degree"] for row in rows] == [1, 2, 4, 8, 16, 24, 32, 64]
     # 141 GB of weights: 70.6, 35.3, 17.6, 9.0, 6.2 (with copies of KV heads), 4.7 and 2.5 GB a rank
-    fitting = {name: [row["tp_degree"] for row in rows if row["fits"][name]] for name in ("trn1", "inf2", "trn2")}
-    assert fitting == {"trn1": [16, 32], "inf2": [24], "trn2": [8, 16, 32, 64]}
+    families = ("trn1", "inf2", "trn2", "trn3")
+    fitting = {name: [row["tp_degree"] for row in rows if row["fits"][name]] for name in families}
+    # 36 GB of trn3 hold 35.3 GB of weights and 0.17 GB of cache
+    assert fitting == {"trn1": [16, 32], "inf2": [24], "trn2": [8, 16, 32, 64], "trn3": [4, 8, 16, 32, 64]}
     missing = {name: [row["tp_degree"] for row in rows if row["fits"][name] is None] for name in fitting}
-    assert missing == {"trn1": [4, 24, 64], "inf2": [16, 32, 64], "trn2": [24]}
+    assert missing == {"trn1": [4, 24, 64], "inf2": [16, 32, 64], "trn2": [24], "trn3": [24]}
 
 
 def test_a_plan_says_what_length_and_batch_cost_and_how_far_they_go(tmp_path, command):
@@ -186,16 +188,14 @@ def test_a_plan_says_what_length_and_batch_cost_and_how_far_they_go(tmp_path, co
     arguments = ("--hf", folder, "--tp", 8, "--sequence-length", 8192, "--json")
     # a token of one row: K and V of 80 layers, 1 head of 128, 2 bytes each
     token = 2 * 80 * 128 * 2  # 40,960
-    # 24 GB of trn2 less 17,640,734,720 bytes of weights leave 6,359,265,280; the weights alone exceed trn1 and inf2
+    # 24 GB of trn2 less 17,640,734,720 bytes of weights leave 6,359,265,280, and 36 GB of trn3 leave 18,359,265,280;
+    # the weights alone exceed trn1 and inf2
     (row,) = json.loads(command(*arguments))
     assert row["kv_cache_bytes_per_1000_tokens"] == 1000 * token
     assert row["kv_cache_bytes_per_row"] == 8192 * token  # 335,544,320
-    assert row["largest_batch"] == {"trn1": 0, "inf2": 0, "trn2": 18}  # 18.95
-    assert row["longest_sequence"] == {
-        "trn1": 0,
-        "inf2": 0,
-        "trn2": 131_072,
-    }  # memory for 155,255, the model ends before
+    assert row["largest_batch"] == {"trn1": 0, "inf2": 0, "trn2": 18, "trn3": 54}  # 18.95 and 54.7
+    # memory for 155,255 tokens and more, the model ends before
+    assert row["longest_sequence"] == {"trn1": 0, "inf2": 0, "trn2": 131_072, "trn3": 131_072}
     (row,) = json.loads(command(*arguments, "--batch-size", 16))
     assert row["kv_cache_bytes"] == 16 * 8192 * token
     assert row["kv_cache_bytes_per_1000_tokens"] == 16_000 * token
@@ -233,23 +233,43 @@ def test_weights_and_cache_have_the_dtype_of_the_config_or_bfloat16(dtype, size,
     )
 
 
+def test_a_small_instance_takes_no_more_ranks_than_it_has_cores(tmp_path, command):
+    rows = json.loads(command("--hf", write_config(tmp_path, **SIZES["8B"]), "--sequence-length", 8192, "--json"))
+    fitting = {row["tp_degree"]: row["fits_sizes"] for row in rows}
+    # 16.06 GB of weights are more than one core of trn1 and inf2 has, half of it is not: 2 cores, 4 and more
+    small = ["trn1.2xlarge", "inf2.xlarge", "inf2.8xlarge"]
+    assert [tp for tp in fitting if set(small) & set(fitting[tp])] == [2]
+    assert set(small) <= set(fitting[2])
+    assert {name: [tp for tp in fitting if name in fitting[tp]] for name in ("inf2.24xlarge", "trn2.3xlarge")} == {
+        "inf2.24xlarge": [2, 4, 8],  # 12 cores; AWS lists no degree between 8 and 24
+        "trn2.3xlarge": [1, 2, 4],  # 24 GB a core hold all of it
+    }
+    assert [tp for tp in fitting if "trn3 Gen2 server" in fitting[tp]] == [1, 2, 4, 8, 16]  # 4 chips of 4 logical cores
+
+
 def test_a_plan_as_text_fits_120_columns_and_answers_the_three_questions(tmp_path, command):
     folder = write_config(tmp_path, **SIZES["405B"])
     lines = command("--hf", folder, "--sequence-length", 8192, "--batch-size", 4).splitlines()
     assert max(map(len, lines)) <= 120
+    assert len(lines) <= 45
     needs, costs = (index for index, line in enumerate(lines) if line.split()[:1] == ["tp"])
     for table in (lines[needs : needs + 9], lines[costs : costs + 9]):
         assert [line.split()[0] for line in table[1:]] == ["1", "2", "4", "8", "16", "24", "32", "64"]
         assert len({len(line) for line in table}) == 1
     # what it takes: the figures of 405B at tp 64 above, and 4 * 2 * 2 * 126 * 8192 * 128 bytes of cache
     figures = "13.616 GB 2.114 GB 59.712 GB 0.000 GB"
-    assert " ".join(lines[needs + 8].split()) == f"64 REPLICATE_TO_TP_DEGREE 2 1 0 {figures} trn2"
-    # which degrees: 25.6 GB a rank at tp 32 are too much even for trn2
-    assert "  trn1, 16 GB a rank: none" in lines
-    assert "  trn2, 24 GB a rank: 64" in lines
+    assert " ".join(lines[needs + 8].split()) == f"64 REPLICATE_TO_TP_DEGREE 2 1 0 {figures}"
+    # which degrees: 25.6 GB a rank at tp 32 are too much for trn2, not for trn3, whose smaller server has 16 cores
+    instances = [" ".join(line.split()) for line in lines[needs + 9 : costs]]
+    assert "trn1.2xlarge 2 16 32 documented none" in instances
+    assert "trn2.3xlarge 4 24 ? worked out none" in instances
+    assert "trn2.48xlarge 64 24 2,048 documented 64" in instances
+    assert "trn3 Gen2 server 16 36 768 worked out none" in instances
+    assert "trn3 Gen1 server 64 36 2,048 worked out 32, 64" in instances
     # what more costs: a token takes 126 * 2 * 128 * 2 = 64,512 bytes in each of 4 rows, a row 8192 times as many;
-    # 24,000,000,000 - 13,615,923,200 bytes of room are 40,240 times the former and 19 times the latter
-    assert " ".join(lines[costs + 8].split()) == "64 258.0 MB 528.5 MB - - 40,240 - - 19"
+    # 24,000,000,000 - 13,615,923,200 bytes of room are 40,240 times the former and 19 times the latter, and
+    # 36,000,000,000 - 13,615,923,200 bytes 86,743 and 42 times
+    assert " ".join(lines[costs + 8].split()) == "64 258.0 MB 528.5 MB - - 40,240 86,743 - - 19 42"
     assert "Activations, compiled graphs and the runtime need memory too" in lines[-1]
 
 

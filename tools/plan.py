@@ -18,16 +18,54 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert_weights import FLAG_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
 from llama_neuron import LlamaConfig, NeuronConfig, positive_int, run_command, shard_heads
 
-# gigabytes of a NeuronCore (on trn2 a logical one, LNC 2), and the degrees that the runtime has collectives for on the
-# largest size of the family: AWS Neuron documentation, "NxD Inference Features Configuration Guide", section
-# "Tensor-parallelism support". A gigabyte is 10^9 bytes here; the chips have GiB, 7% more.
-INSTANCES = {"trn1": (16, (1, 2, 8, 16, 32)), "inf2": (16, (1, 2, 4, 8, 24)), "trn2": (24, (1, 2, 4, 8, 16, 32, 64))}
+# Gigabytes of a NeuronCore (of a logical one, LNC 2, on trn2 and trn3), and the degrees that the runtime supports: AWS
+# Neuron documentation, "NxD Inference Features Configuration Guide", section "Tensor-parallelism support". It does not
+# list trn3: the memory is worked out (144 GiB a chip, 8 cores in pairs), and the degrees are trn2's. A gigabyte is 10^9
+# bytes here; the chips have GiB, 7% more.
+FAMILIES = {
+    "trn1": (16, (1, 2, 8, 16, 32)),
+    "inf2": (16, (1, 2, 4, 8, 24)),
+    "trn2": (24, (1, 2, 4, 8, 16, 32, 64)),
+    "trn3": (36, (1, 2, 4, 8, 16, 32, 64)),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """An instance size. Its documented figures are from AWS Neuron's architecture pages of the instance and its chip.
+
+    Attributes:
+        family: Key of FAMILIES.
+        cores: NeuronCores; on trn2 and trn3 logical ones.
+        host_gib: GiB of host memory, which the compiler shares; None if those pages do not say.
+        source: "documented", or "worked out": trn2.3xlarge is one chip, and a trn3 server is an UltraServer divided by
+            its 4 (Gen1) or 36 (Gen2) servers; four logical cores a chip in both.
+    """
+
+    family: str
+    cores: int
+    host_gib: int | None
+    source: str = "documented"
+
+
+SIZES = {
+    "trn1.2xlarge": Size("trn1", 2, 32),
+    "trn1.32xlarge": Size("trn1", 32, 512),
+    "inf2.xlarge": Size("inf2", 2, 16),
+    "inf2.8xlarge": Size("inf2", 2, 128),
+    "inf2.24xlarge": Size("inf2", 12, 384),
+    "inf2.48xlarge": Size("inf2", 24, 768),
+    "trn2.3xlarge": Size("trn2", 4, None, "worked out"),
+    "trn2.48xlarge": Size("trn2", 64, 2048),
+    "trn3 Gen2 server": Size("trn3", 16, 768, "worked out"),
+    "trn3 Gen1 server": Size("trn3", 64, 2048, "worked out"),
+}
 
 
 def sharding_strategy(num_kv_heads: int, tp_degree: int) -> str:
@@ -70,12 +108,13 @@ def count_weights(config: LlamaConfig, neuron: NeuronConfig) -> tuple[int, int, 
 
 
 def plan(config: LlamaConfig, neuron: NeuronConfig, limit: int) -> dict:
-    """What `neuron.tp_degree` ranks take, of a model whose texts have up to `limit` tokens.
+    """What `neuron.tp_degree` ranks take, of a model whose sequences have up to `limit` tokens.
 
     Of one rank: heads, bytes of weights and KV cache, and the bytes of cache for 1,000 more tokens in each row or for
-    one more row. Of all ranks: heads of zeros, bytes of copies and of padding. Of each instance: whether weights and
-    cache fit, the longest sequence_length at this batch_size (within the model's own limit) and the largest batch_size
-    at this sequence_length. There, None means that it has no collectives for this degree, and 0 that nothing fits.
+    one more row. Of all ranks: heads of zeros, bytes of copies and of padding. Of each family of instances: whether
+    weights and cache fit, the longest sequence_length at this batch_size (within the model's own limit) and the largest
+    batch_size at this sequence_length. There, None means that the family does not support this degree, and 0 that
+    nothing fits. `fits_sizes` names the sizes that have enough cores as well.
     """
     tp, size = neuron.tp_degree, neuron.dtype.itemsize
     ranks = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)
@@ -84,7 +123,7 @@ def plan(config: LlamaConfig, neuron: NeuronConfig, limit: int) -> dict:
     token = 2 * config.num_hidden_layers * len(kv_heads) * config.head_dim * size  # bytes of K and V in one row
     row = neuron.sequence_length * token
     fits, longest, largest = {}, {}, {}
-    for name, (gigabytes, degrees) in INSTANCES.items():
+    for name, (gigabytes, degrees) in FAMILIES.items():
         room = max(0, gigabytes * 10**9 - weights * size)
         fits[name] = longest[name] = largest[name] = None
         if tp in degrees:
@@ -104,6 +143,7 @@ def plan(config: LlamaConfig, neuron: NeuronConfig, limit: int) -> dict:
         "kv_cache_bytes_per_1000_tokens": 1000 * neuron.batch_size * token,
         "kv_cache_bytes_per_row": row,
         "fits": fits,
+        "fits_sizes": [name for name, instance in SIZES.items() if fits[instance.family] and tp <= instance.cores],
         "longest_sequence": longest,
         "largest_batch": largest,
     }
@@ -116,30 +156,33 @@ def print_table(lines: list[list[str]]) -> None:
 
 
 def print_plans(neuron: NeuronConfig, plans: list[dict]) -> None:
-    needs = [["tp", "strategy", "heads", "KV heads", "zero heads", "weights", "KV cache", "copies", "padding", "fits"]]
+    needs = [["tp", "strategy", "heads", "KV heads", "zero heads", "weights", "KV cache", "copies", "padding"]]
     costs = [["tp", "1,000 tokens", "one row"]]
-    costs[0] += [f"{name} tokens" for name in INSTANCES] + [f"{name} rows" for name in INSTANCES]
+    costs[0] += [f"{name} S" for name in FAMILIES] + [f"{name} B" for name in FAMILIES]
     for row in plans:
         heads = [str(row[key]) for key in ("tp_degree", "strategy", "query_heads", "kv_heads", "zero_heads")]
         sizes = [row[key] for key in ("weight_bytes", "kv_cache_bytes", "replicated_bytes", "padding_bytes")]
-        fits = [name for name, fit in row["fits"].items() if fit]
-        needs.append([*heads, *(f"{size / 1e9:.3f} GB" for size in sizes), " ".join(fits) or "none"])
+        needs.append([*heads, *(f"{size / 1e9:.3f} GB" for size in sizes)])
         sizes = [row["kv_cache_bytes_per_1000_tokens"], row["kv_cache_bytes_per_row"]]
         limits = [*row["longest_sequence"].values(), *row["largest_batch"].values()]
         limits = ["-" if limit is None else f"{limit:,}" for limit in limits]
         costs.append([heads[0], *(f"{size / 1e6:,.1f} MB" for size in sizes), *limits])
 
+    instances = [["instance", "cores", "GB a core", "host GiB", "figures are", "weights and KV cache fit at tp"]]
+    for name, size in SIZES.items():
+        degrees = [str(row["tp_degree"]) for row in plans if name in row["fits_sizes"]]
+        figures = [str(size.cores), str(FAMILIES[size.family][0]), f"{size.host_gib:,}" if size.host_gib else "?"]
+        instances.append([name, *figures, size.source, ", ".join(degrees) or "none"])
+
     batch, length = f"batch_size {neuron.batch_size}", f"sequence_length {neuron.sequence_length:,}"
     print(f"In {neuron.torch_dtype}, {batch}, {length}. Heads, weights and KV cache are one rank's;")
     print("zero heads, copies and padding are all ranks' together.\n")
     print_table(needs)
-    print("\nDegrees at which weights and KV cache fit, on an instance with as many NeuronCores:")
-    for name, (gigabytes, _) in INSTANCES.items():
-        degrees = [str(row["tp_degree"]) for row in plans if row["fits"][name]]
-        print(f"  {name}, {gigabytes} GB a rank: {', '.join(degrees) or 'none'}")
+    print("\nA core of trn2 or trn3 is a logical one (LNC 2). Compiling takes host memory that is not counted here.\n")
+    print_table(instances)
     print("\nKV cache of one rank for 1,000 more tokens in each row, and for one more row. Then how far that can go:")
-    print(f"the longest sequence for {batch} (within the model's own limit), and the most rows for {length}.")
-    print("0 means that nothing fits, a dash that the instance has no collectives for this tp.\n")
+    print(f"S is the longest sequence for {batch} (within the model's own limit), B the most rows for {length}.")
+    print("0 means that nothing fits, a dash that the instance does not support this tp.\n")
     print_table(costs)
     print("\nOnly weights and KV cache are counted. Activations, compiled graphs and the runtime need memory too.")
 
@@ -150,7 +193,7 @@ def tp_degrees(text: str) -> list[int]:
 
 
 def main() -> None:
-    every = sorted({tp for _, degrees in INSTANCES.values() for tp in degrees})
+    every = sorted({tp for _, degrees in FAMILIES.values() for tp in degrees})
     parser = argparse.ArgumentParser(
         description="What a tensor-parallel degree takes, and where it fits.", usage=argparse.SUPPRESS
     )
