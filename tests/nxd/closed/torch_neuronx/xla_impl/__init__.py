@@ -1,0 +1,1 @@
+"""How a graph is traced, and how NxD hands tensors in and out."""
