@@ -1,58 +1,42 @@
-"""Llama inference as AWS Neuron computes it, in one file. Read it beside Hugging Face's `modeling_llama.py`.
+"""Llama inference as AWS Neuron computes it, in one file, in the order of Hugging Face's `modeling_llama.py`.
 
-A port to Neuron changes four things: layers are split over ranks (tensor parallelism), the KV cache has a fixed size,
-every shape is known before the first token, and the rank is read from the checkpoint. Each class says which HF class it
-stands beside, what differs, and why.
+Running Llama on Neuron changes four things above all: layers are split across ranks (tensor parallelism), the KV cache
+has a fixed size, every shape is known when a graph is compiled, and a rank reads its own number from its shard. Each
+docstring names the HF class it corresponds to, what differs, and why. The model comes first, then what Neuron puts
+underneath it, loading, generation and the command.
 
-Shapes: B batch, T new tokens, S cache slots, E hidden size, H query heads and K key/value heads of one rank, G = H/K,
-D head_dim, V vocabulary.
+Shapes: B batch, T new tokens, S cache slots that are read, E hidden size, H query heads and K key/value heads per rank,
+G = H/K, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
 import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # ---- configs
 
 
-class UsageError(ValueError):
-    """A user's mistake: names the file or flag, and says how to fix it."""
-
-
-class ConfigFile:
-    """A dataclass read from a JSON file that `convert_weights.py` has checked and completed."""
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> ConfigFile:
-        raw = json.loads(Path(directory, cls.file_name).read_text())
-        return cls(**{field.name: raw[field.name] for field in fields(cls)})
-
-
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ConfigFile):
-    """The keys of HF's `LlamaConfig` that inference reads."""
+class LlamaConfig:
+    """The keys of HF's `LlamaConfig` that inference reads. None may be missing: `convert_weights.py` fills them in."""
 
-    file_name = "config.json"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -62,57 +46,69 @@ class LlamaConfig(ConfigFile):
     head_dim: int
     hidden_act: str
     rms_norm_eps: float
-    rope_parameters: dict  # in transformers 5's form
+    rope_parameters: dict  # in the transformers 5 format
     attention_bias: bool  # on q, k, v and o_proj
     mlp_bias: bool
     tie_word_embeddings: bool
     eos_token_id: list[int]
 
+    @classmethod
+    def from_pretrained(cls, ckpt: str | Path) -> LlamaConfig:
+        """Reads config.json of a converted checkpoint."""
+        return cls(**read_fields(cls, Path(ckpt, "config.json")))
+
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronConfig(ConfigFile):
-    """What a compiled graph fixes, by the keys of Optimum Neuron's `NxDNeuronConfig`."""
+class NeuronConfig:
+    """What a compiled graph fixes. The names are those of Optimum Neuron's `NxDNeuronConfig`."""
 
-    file_name = "neuron_config.json"
     tp_degree: int = 1  # ranks
     batch_size: int = 1  # rows of the KV cache
-    sequence_length: int = 2048  # slots of the KV cache: prompt and new tokens
+    sequence_length: int = 2048  # slots of the KV cache, for a prompt and its new tokens
     torch_dtype: str = "bfloat16"
-    fused_qkv: bool = True  # always
-    vocab_parallel: bool = False  # embed_tokens sharded by vocabulary, not hidden size
-    context_encoding_buckets: list[int] | None = None  # None: powers of two from 128
-    prefill_chunk_size: int | None = None  # tokens of a prompt read at a time; None: all
-    max_sequence_length: int | None = None  # beyond it the model is another graph
+    vocab_parallel: bool = False  # shard embed_tokens by vocabulary, not by hidden size
+    context_encoding_buckets: list[int] | None = None  # prompt lengths that get a graph; None: powers of two from 128
+    prefill_chunk_size: int | None = None  # prompt tokens per call; None: the whole prompt
+    max_sequence_length: int | None = None  # the longest sequence one graph can serve
+
+    @classmethod
+    def from_pretrained(cls, ckpt: str | Path) -> NeuronConfig:
+        """Reads neuron_config.json of a converted checkpoint."""
+        return cls(**read_fields(cls, Path(ckpt, "neuron_config.json")))
 
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.torch_dtype)
 
-    def with_shape(self, batch_size: int | None, sequence_length: int | None) -> NeuronConfig:
-        """With another cache. Raises UsageError beyond max_sequence_length."""
-        length, limit = sequence_length or self.sequence_length, self.max_sequence_length
-        if limit is not None and length > limit:
-            raise UsageError(f"--sequence-length {length}: beyond {limit} this is another graph, use that")
+    def with_cache(self, batch_size: int | None, sequence_length: int | None) -> NeuronConfig:
+        """A copy with another cache; None keeps a size. Raises UsageError beyond max_sequence_length."""
+        length = sequence_length or self.sequence_length
+        if self.max_sequence_length is not None and length > self.max_sequence_length:
+            limit = self.max_sequence_length
+            raise UsageError(f"--sequence-length {length}: this model needs another graph beyond {limit}; use {limit}")
         return replace(self, batch_size=batch_size or self.batch_size, sequence_length=length)
 
     def prefill_lengths(self) -> list[int]:
-        """The lengths in which static graphs read prompts."""
+        """The prompt lengths that get a compiled graph: one chunk, or buckets up to the whole cache."""
         if self.prefill_chunk_size is not None:
             return [self.prefill_chunk_size]
-        sizes = self.context_encoding_buckets or [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
-        return [*(size for size in sizes if size < self.sequence_length), self.sequence_length]
+        buckets = self.context_encoding_buckets or [2**power for power in range(7, 24)]
+        return [*(length for length in buckets if length < self.sequence_length), self.sequence_length]
 
 
-# ---- RMSNorm, rotary embedding
+def read_fields(config_class: type, path: Path) -> dict:
+    """The fields of a config class, from a JSON file that may hold more."""
+    values = json.loads(path.read_text())
+    return {field.name: values[field.name] for field in fields(config_class)}
 
 
-def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+# ---- model, in HF's order
 
 
 class LlamaRMSNorm(nn.Module):
-    """HF's `LlamaRMSNorm`, unchanged, whole on every rank (Zhang and Sennrich 2019, arXiv:1910.07467): x /
-    sqrt(mean(x^2) + eps) * weight, cast back from float32 before the weight."""
+    """Counterpart of HF's `LlamaRMSNorm`, with the same arithmetic (Zhang and Sennrich 2019, arXiv:1910.07467): the
+    mean is taken in float32, and the result is cast back before it is multiplied by the weight. Every rank has the
+    whole of it, because every rank has the whole hidden state."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -120,25 +116,18 @@ class LlamaRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
 
 
-class NeuronRMSNorm(LlamaRMSNorm):
-    """The same as a kernel of Neuron's compiler, for NxD, which casts back after the weight."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        from torch_neuronx.xla_impl.ops import RmsNorm
-
-        x = hidden_states.to(torch.float32)
-        return RmsNorm.apply(x, self.weight, self.variance_epsilon, x.dim() - 1).to(hidden_states.dtype)
-
-
-class RotaryEmbedding(nn.Module):
-    """Beside HF's `LlamaRotaryEmbedding` (Su et al. 2021, arXiv:2104.09864): cos and sin of position * inv_freq, in
-    float32; inv_freq[i] = theta^(-2i/D), changed as rope_type says. Differs: one set, as a graph has; that of yarn,
-    longrope and dynamic comes with the shard."""
+class LlamaRotaryEmbedding(nn.Module):
+    """Counterpart of HF's `LlamaRotaryEmbedding` (Su et al. 2021, arXiv:2104.09864): cos and sin of position * inv_freq
+    in float32, where inv_freq[i] = theta^(-2i/D), rescaled according to rope_type. HF may change the frequencies as a
+    text grows; a compiled graph has one fixed set. For yarn, longrope and dynamic that set is stored in the shard, and
+    replaces what is computed here."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -154,21 +143,26 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq  # B T D/2
-        emb = torch.cat((freqs, freqs), dim=-1)[:, None]  # B 1 T D
-        return (emb.cos() * self.attention_scaling).to(x.dtype), (emb.sin() * self.attention_scaling).to(x.dtype)
+        emb = torch.cat((freqs, freqs), dim=-1)  # B T D
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def compute_llama3_parameters(inv_freq: Tensor, rope: dict) -> Tensor:
-    """HF's `_compute_llama3_parameters`, in its order: waves longer than the original context / low_freq_factor are
-    slowed down by `factor`, those shorter than it / high_freq_factor kept, others blended."""
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    """HF's `_compute_llama3_parameters`, in the same order of operations: wavelengths above the original context /
+    low_freq_factor have their frequency divided by `factor`, those below the original context / high_freq_factor are
+    kept, and the rest are interpolated."""
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
     wavelen = 2 * torch.pi / inv_freq
-    is_long, is_short = wavelen > original / low, wavelen < original / high
-    slowed = torch.where(is_long, inv_freq / factor, inv_freq)
+    is_long = wavelen > original / low
+    is_short = wavelen < original / high
+    slowed = torch.where(is_long, inv_freq / rope["factor"], inv_freq)
     smooth = (original / wavelen - low) / (high - low)
-    blended = (1 - smooth) * slowed / factor + smooth * slowed
-    return torch.where(is_long | is_short, slowed, blended)
+    interpolated = (1 - smooth) * slowed / rope["factor"] + smooth * slowed
+    return torch.where(is_long | is_short, slowed, interpolated)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -178,147 +172,398 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
-def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """HF's `apply_rotary_pos_emb`, for q and k at once: x [B,H+K,T,D], cos and sin [B,1,T,D]."""
-    return (x * cos) + (rotate_half(x) * sin)
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """HF's `apply_rotary_pos_emb`: q [B,H,T,D] and k [B,K,T,D], rotated by cos and sin [B,T,D]."""
+    cos = cos.unsqueeze(1)  # B 1 T D
+    sin = sin.unsqueeze(1)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
 
 
-# ---- KV cache, attention
+ACT2FN = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class LlamaMLP(nn.Module):
+    """Counterpart of HF's `LlamaMLP` (SwiGLU: Shazeer 2020, arXiv:2002.05202). gate_proj and up_proj are sharded by
+    output and down_proj by input, so that a rank keeps its intermediate features to itself and the block needs a single
+    all-reduce. The intermediate size is padded until tp divides it."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend):
+        super().__init__()
+        hidden_size = config.hidden_size
+        intermediate_size = config.intermediate_size
+        options = {"bias": config.mlp_bias, "dtype": neuron.dtype, "pad": True}
+        self.gate_proj = backend.ColumnParallelLinear(hidden_size, intermediate_size, gather_output=False, **options)
+        self.up_proj = backend.ColumnParallelLinear(hidden_size, intermediate_size, gather_output=False, **options)
+        self.down_proj = backend.RowParallelLinear(intermediate_size, hidden_size, input_is_parallel=True, **options)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def eager_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Counterpart of HF's `eager_attention_forward`, op by op: query [B,H,T,D], key and value [B,K,S,D], mask [B,T,S],
+    true where a token may look -> [B,H,T,D]. Query heads are grouped against their KV head, where HF copies the KV
+    heads (`repeat_kv`): a graph would have to move the copies through memory. Masked scores become -1e9, where HF adds
+    finfo.min: Optimum Neuron reports that exp() near finfo(bfloat16).min gives NaN on Neuron (not verified here)."""
+    B, H, T, D = query.shape
+    _, K, S, _ = key.shape
+    query = query.reshape(B, K, -1, D)  # B K G*T D
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # B K G*T S
+    attn_weights = attn_weights.view(B, K, -1, T, S)  # B K G T S
+    hidden = max(-1e9, torch.finfo(query.dtype).min / 2)  # float16's minimum is -65504
+    attn_weights = torch.where(mask[:, None, None], attn_weights, hidden)
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_output = torch.matmul(attn_weights.view(B, K, -1, S), value)  # B K G*T D
+    return attn_output.view(B, H, T, D)
+
+
+def sdpa_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Counterpart of HF's `sdpa_attention_forward`: PyTorch's fused kernel, with the arguments above."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling, enable_gqa=True)
+
+
+def flash_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+) -> Tensor:
+    """FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 1) in plain tensor operations, with the arguments
+    above. It goes through the cache in blocks, with a running maximum, sum and output in float32, so that a long
+    prefill never has its [T,S] scores in memory. NxDI calls an NKI kernel for this."""
+    B, H, T, D = query.shape
+    _, K, S, _ = key.shape
+    if T == 1:  # decoding: one row of scores is small
+        return eager_attention_forward(query, key, value, mask, scaling)
+    block_size = 512  # cache slots
+    query_states = query.reshape(B, K, -1, D)  # B K G*T D
+    query_states = query_states.float() * scaling
+    output = torch.zeros_like(query_states)  # B K G*T D
+    total = torch.zeros_like(query_states[..., :1])  # B K G*T 1
+    largest = torch.full_like(total, -1e9)  # every query sees slot 0, so the first block replaces it
+    for start in range(0, S, block_size):
+        block = slice(start, start + block_size)
+        key_block = key[:, :, block].float()
+        value_block = value[:, :, block].float()
+        scores = torch.matmul(query_states, key_block.transpose(2, 3))  # B K G*T block
+        scores = scores.unflatten(2, (-1, T))  # B K G T block
+        scores = torch.where(mask[:, None, None, :, block], scores, -1e9)
+        scores = scores.flatten(2, 3)  # B K G*T block
+        larger = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        rescale = torch.exp(largest - larger)
+        weights = torch.exp(scores - larger)
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        output = output * rescale + torch.matmul(weights, value_block)
+        largest = larger
+    output = output / total
+    return output.view(B, H, T, D).to(query.dtype)
+
+
+ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward, "flash": flash_attention_forward}
+
+
+class LlamaAttention(nn.Module):
+    """Counterpart of HF's `LlamaAttention`, and of NxDI's and Optimum's `NeuronAttentionBase`. q_proj, k_proj and
+    v_proj are fused into `Wqkv`, one matmul instead of three, and sharded by head: a rank holds the query heads and KV
+    heads that `shard_heads` gives it, so attention itself needs no communication."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend):
+        super().__init__()
+        tp = neuron.tp_degree
+        query_heads, kv_heads = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]
+        self.num_heads = len(query_heads)  # per rank, padding included; the same on every rank
+        self.num_key_value_heads = len(kv_heads)
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention = backend.attention
+        query_size = tp * self.num_heads * self.head_dim
+        kv_size = tp * self.num_key_value_heads * self.head_dim
+        qkv_size = query_size + 2 * kv_size
+        options = {"bias": config.attention_bias, "dtype": neuron.dtype}
+        self.Wqkv = backend.ColumnParallelLinear(config.hidden_size, qkv_size, gather_output=False, **options)
+        self.o_proj = backend.RowParallelLinear(query_size, config.hidden_size, input_is_parallel=True, **options)
+        cache_shape = (neuron.batch_size, self.num_key_value_heads, neuron.sequence_length, self.head_dim)
+        self.kv_cache = backend.KVCache(cache_shape, neuron.dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        position_ids: Tensor,
+    ) -> Tensor:
+        B, T, _ = hidden_states.shape
+        H = self.num_heads
+        K = self.num_key_value_heads
+        qkv = self.Wqkv(hidden_states)  # B T (H+2K)*D
+        qkv = qkv.view(B, T, H + 2 * K, self.head_dim).transpose(1, 2)  # B H+2K T D
+        # Never `split`. AWS runs torch-xla with XLA_DISABLE_FUNCTIONALIZATION=1, where a split of a batch returns wrong
+        # data (pytorch/xla issue 8640; NxDI and Optimum name it NAPP-3145).
+        query_states, key_states, value_states = qkv.tensor_split((H, H + K), dim=1)  # B H T D, B K T D, B K T D
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        kv_length = mask.shape[-1]
+        key_states, value_states = self.kv_cache.update(key_states, value_states, position_ids, kv_length)  # B K S D
+        attn_output = self.attention(query_states, key_states, value_states, mask, self.scaling)  # B H T D
+        attn_output = attn_output.transpose(1, 2).reshape(B, T, -1)  # B T H*D
+        return self.o_proj(attn_output)
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Counterpart of HF's `LlamaDecoderLayer`, with the same arithmetic."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, neuron, backend)
+        self.mlp = LlamaMLP(config, neuron, backend)
+        self.input_layernorm = backend.RMSNorm(config.hidden_size, config.rms_norm_eps, neuron.dtype)
+        self.post_attention_layernorm = backend.RMSNorm(config.hidden_size, config.rms_norm_eps, neuron.dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        position_ids: Tensor,
+    ) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states = self.self_attn(hidden_states, cos, sin, mask, position_ids)
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class LlamaModel(nn.Module):
+    """Counterpart of HF's `LlamaModel`. The embedding is sharded, because it is one of the largest weights. The mask is
+    made of positions alone, since a token sees the slots up to its own position, so that prefill, chunked prefill and
+    decoding are one forward with other shapes."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend):
+        super().__init__()
+        self.sequence_length = neuron.sequence_length
+        self.embed_tokens = backend.ParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=neuron.dtype,
+            shard_across_embedding=not neuron.vocab_parallel,
+            pad=True,
+            use_spmd_rank=neuron.vocab_parallel,
+        )
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, neuron, backend) for _ in range(config.num_hidden_layers))
+        self.norm = backend.RMSNorm(config.hidden_size, config.rms_norm_eps, neuron.dtype)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, kv_length: int | None = None) -> Tensor:
+        """input_ids and position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
+        hidden_states = self.embed_tokens(input_ids)  # B T E
+        cos, sin = self.rotary_emb(hidden_states, position_ids)  # B T D
+        slots = torch.arange(kv_length or self.sequence_length, dtype=torch.int32, device=input_ids.device)  # S
+        mask = slots <= position_ids[..., None]  # B T S
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cos, sin, mask, position_ids)
+        return self.norm(hidden_states)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Counterpart of HF's `LlamaForCausalLM`. lm_head is sharded by vocabulary, padded until tp divides it. For greedy
+    decoding the ranks exchange one (logit, id) pair per row instead of their logits, because a large vocabulary has too
+    many logits to send for every token."""
+
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend):
+        super().__init__()
+        self.config = config
+        self.neuron_config = neuron
+        self.static_shapes = backend.static_shapes
+        self.model = LlamaModel(config, neuron, backend)
+        self.lm_head = backend.ColumnParallelLinear(
+            config.hidden_size,
+            config.vocab_size,
+            bias=False,
+            gather_output=False,
+            dtype=neuron.dtype,
+            pad=True,
+        )
+        self.gather = backend.gather_from_tensor_model_parallel_region
+        self.rank_util = backend.SPMDRank(neuron.tp_degree)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        last: Tensor | None = None,
+        kv_length: int | None = None,
+    ) -> Tensor:
+        """input_ids and position_ids [B,T] int32 -> float32 logits [B,T,V] on every rank; with `last` [B] int32, the
+        token after column `last` of each row, int32 [B]. Attention reads the first `kv_length` cache slots, or all."""
+        hidden_states = self.model(input_ids, position_ids, kv_length)  # B T E
+        if last is None:
+            logits = self.gather(self.lm_head(hidden_states))  # B T V, padded
+            return logits[..., : self.config.vocab_size].float()
+        index = last[:, None, None].expand(-1, 1, hidden_states.shape[-1]).long()  # B 1 E
+        last_hidden_state = hidden_states.gather(1, index).squeeze(1)  # B E
+        return self.greedy(last_hidden_state)
+
+    def greedy(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states [B,E] -> the tokens of the largest logits, int32 [B]; ties go to the lowest id, as in HF."""
+        logits = self.lm_head(hidden_states).float()  # B V/tp: this rank's columns
+        columns = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)  # V/tp
+        first_id = self.rank_util.get_rank() * logits.shape[-1]
+        ids = first_id + columns
+        # columns beyond the vocabulary are padding, whose logit of 0 would beat negative ones
+        is_real = ids < torch.full_like(ids, self.config.vocab_size)  # comparing with a Python int adds int64 ops
+        best_logit, best_column = torch.where(is_real, logits, -1e9).max(dim=-1)  # B, B
+        best_id = first_id + best_column.int()
+        # rank 0's (logit, id), rank 1's, ...: one all-gather; float32 holds every id below 2^24 exactly
+        pair = torch.stack((best_logit, best_id.float()), dim=-1)  # B 2
+        pairs = self.gather(pair).unflatten(-1, (-1, 2))  # B tp 2
+        winner = pairs[..., 0].argmax(-1, keepdim=True)  # B 1: the lowest of equal ranks, so the lowest id
+        token = pairs[..., 1].gather(-1, winner).squeeze(-1)  # B
+        return token.int()
+
+
+# ---- what Neuron puts underneath: the static cache
 
 
 class KVCache(nn.Module):
-    """Beside HF's `StaticLayer`: keys and values of a layer on one rank, both of `shape` [B,K,sequence_length,D].
-    Differs: each row writes at its own positions; padding too, to be overwritten before a query of its row can see it.
-    Why: one graph has one shape, so the cache cannot grow with the text."""
+    """Counterpart of HF's `StaticLayer`: one layer's keys and values on one rank, each [B,K,sequence_length,D]. Its
+    size is fixed, because a compiled graph has one shape. HF writes every row at the same slots; here row b writes
+    token t to slot position_ids[b,t], so that prompts of different lengths share a batch. Prompts are padded on the
+    right, and padding is written too:
+
+        slot       0  1  2  3  4      A query at position p sees the slots 0..p. The first new token of row 1 goes to
+        prompt 0   a  b  c  d  e      slot 2, and overwrites the padding there before a query of row 1 gets to position
+        prompt 1   f  g  -  -  -      2. So padding is never seen, and needs no mask of its own.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
         super().__init__()
         self.register_buffer("k", torch.zeros(shape, dtype=dtype))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype))
 
-    def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `length` slots of both, [B,K,S,D]."""
+    def update(
+        self,
+        k: Tensor,
+        v: Tensor,
+        position_ids: Tensor,
+        kv_length: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B,K,T,D] at position_ids [B,T]; returns the first `kv_length` slots of both, [B,K,S,D]."""
         row = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]  # B 1
+        # indices around a slice come first: self.k[row, :, position_ids] is [B,T,K,D]
         self.k[row, :, position_ids] = k.transpose(1, 2)
         self.v[row, :, position_ids] = v.transpose(1, 2)
-        return self.k[:, :, :length], self.v[:, :, :length]
+        return self.k[:, :, :kv_length], self.v[:, :, :kv_length]
 
 
 class NeuronKVCache(KVCache):
-    """The same out of place, for NxD alone: its ModelBuilder keeps a buffer only if it is assigned again. On a CPU that
-    would copy the cache for every token; TorchNeuron, which makes an aliased output of a write in place, would hold a
-    second cache."""
+    """The same, out of place, for NxD alone: its ModelBuilder carries a buffer over to the next call only if it is
+    assigned again. On a CPU this would copy the cache for every token, and TorchNeuron, which turns a write in place
+    into an aliased output, would need room for a second one."""
 
-    def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        k: Tensor,
+        v: Tensor,
+        position_ids: Tensor,
+        kv_length: int,
+    ) -> tuple[Tensor, Tensor]:
         index = position_ids[:, None, :, None].expand_as(k).long()  # B K T D
         self.k = self.k.scatter(2, index, k)
         self.v = self.v.scatter(2, index, v)
-        return self.k[:, :, :length], self.v[:, :, :length]
+        return self.k[:, :, :kv_length], self.v[:, :, :kv_length]
 
 
-def eager_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `eager_attention_forward`, op by op: q [B,H,T,D], k and v [B,K,S,D], mask [B,T,S] -> [B,H,T,D]. Differs:
-    query heads are grouped against their KV head, where HF copies k and v (`repeat_kv`); masked scores become -1e9,
-    where HF adds finfo.min. Why: exp() near the end of bfloat16's range gives NaN on Neuron."""
-    B, K, S, D = k.shape
-    hidden = max(-1e9, torch.finfo(q.dtype).min / 2)  # float16 ends at -65504
-    scores = torch.matmul(q.reshape(B, K, -1, D), k.transpose(2, 3)) * scaling  # B K G*T S
-    scores = torch.where(mask[:, None, None], scores.view(B, K, -1, q.shape[2], S), hidden)  # B K G T S
-    # softmax converts to float32: the bits of masking in float32, in 0.6 of the time
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights.view(B, K, -1, S), v).view(q.shape)
+class NeuronRMSNorm(LlamaRMSNorm):
+    """The same norm as one call into Neuron's compiler, for NxD. It casts back after multiplying by the weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        from torch_neuronx.xla_impl.ops import RmsNorm
+
+        dim = hidden_states.dim() - 1
+        normed = RmsNorm.apply(hidden_states.float(), self.weight, self.variance_epsilon, dim)
+        return normed.to(hidden_states.dtype)
 
 
-def sdpa_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """HF's `sdpa_attention_forward`, torch's kernel, on the same shapes."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scaling, enable_gqa=True)
-
-
-def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 1) on the same shapes: blocks of the cache with a
-    running maximum, sum and output in float32. Why: a long prefill has no [T,S] scores; NxDI calls an NKI kernel."""
-    if q.shape[2] == 1:  # one row of scores is small
-        return eager_attention_forward(q, k, v, mask, scaling)
-    B, K, S, D = k.shape
-    queries = q.reshape(B, K, -1, D).float() * scaling  # B K G*T D
-    output, total = torch.zeros_like(queries), torch.zeros_like(queries[..., :1])  # B K G*T D, B K G*T 1
-    largest = torch.full_like(total, -1e9)
-    for start in range(0, S, 512):
-        block = slice(start, start + 512)
-        scores = torch.matmul(queries, k[:, :, block].float().transpose(2, 3))  # B K G*T 512
-        scores = scores.unflatten(2, (-1, q.shape[2]))  # B K G T 512
-        scores = torch.where(mask[:, None, None, :, block], scores, -1e9).flatten(2, 3)
-        larger = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        shrink, weights = torch.exp(largest - larger), torch.exp(scores - larger)
-        total = total * shrink + weights.sum(-1, keepdim=True)
-        output = output * shrink + torch.matmul(weights, v[:, :, block].float())
-        largest = larger
-    return (output / total).view(q.shape).to(q.dtype)
-
-
-ATTENTION = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward, "flash": flash_attention_forward}
-
-# ---- tensor parallelism
+# ---- what Neuron puts underneath: tensor parallelism
 #
-# What Llama needs of NxD's `parallel_layers.layers`, by its names: either can supply it. Weights are shards.
-
-Heads = list[int | None]  # HF's numbers of a rank's heads, in order; None is a head of zeros
-
-
-def shard_heads(num_heads: int, num_kv_heads: int, tp_degree: int) -> list[tuple[Heads, Heads]]:
-    """Each rank's query heads and KV heads, by NxD's rules (`gqa.py`).
-
-    - tp is a multiple of the KV heads (REPLICATE_TO_TP_DEGREE): each KV head goes to tp/kv_heads ranks, and the query
-      heads of a KV group are padded until its ranks divide them.
-    - tp divides the KV heads: both are dealt out in order.
-    - otherwise (CONVERT_TO_MHA): each query head gets a copy of its KV head, and both are padded at the end.
-    """
-    group = num_heads // num_kv_heads
-    padding: Heads = [None] * (-num_heads % tp_degree)
-    query, key = [*range(num_heads), *padding], [*range(num_kv_heads)]
-    if tp_degree % num_kv_heads == 0:
-        query, key = [], []
-        for kv_head in range(num_kv_heads):
-            query += [*range(kv_head * group, (kv_head + 1) * group), *padding[::num_kv_heads]]
-            key += [kv_head] * (tp_degree // num_kv_heads)
-    elif num_kv_heads % tp_degree != 0:
-        key = [head // group for head in range(num_heads)] + padding
-    H, K = len(query) // tp_degree, len(key) // tp_degree
-    return [(query[rank * H : (rank + 1) * H], key[rank * K : (rank + 1) * K]) for rank in range(tp_degree)]
+# The part of NxD's `parallel_layers.layers` that Llama uses, under the same names, so that the model can be built from
+# either. Each weight is one rank's shard.
 
 
-def tp_size() -> int:
-    """NxD's `get_tensor_model_parallel_size`."""
+def get_tensor_model_parallel_size() -> int:
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
-    """The x of all ranks, side by side: [..., n] -> [..., tp * n]."""
-    tp = tp_size()
+    """Concatenates the x of all ranks along the last dimension: [..., n] -> [..., tp * n]."""
+    tp = get_tensor_model_parallel_size()
     if tp == 1:
         return x
-    # functional collectives become ops of a graph
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, dist.group.WORLD.group_name)
-    gathered = torch.ops._c10d_functional.wait_tensor(gathered).view(tp, *x.shape)
-    return gathered.movedim(0, -2).flatten(-2)
+    group = dist.group.WORLD.group_name
+    # unlike dist.all_gather, functional collectives can be traced into a graph
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), tp, group)
+    gathered = torch.ops._c10d_functional.wait_tensor(gathered)
+    gathered = gathered.view(tp, *x.shape).movedim(0, -2)  # ... tp n
+    return gathered.flatten(-2)  # ... tp*n
 
 
 def reduce_from_tensor_model_parallel_region(x: Tensor) -> Tensor:
-    """The sum of the x of all ranks."""
-    if tp_size() == 1:
+    """Sums the x of all ranks."""
+    if get_tensor_model_parallel_size() == 1:
         return x
-    summed = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD.group_name)
+    group = dist.group.WORLD.group_name
+    summed = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
     return torch.ops._c10d_functional.wait_tensor(summed)
 
 
-def divide(size: int, pad: bool) -> int:
-    """A rank's share of `size`, rounded up with `pad`."""
-    assert pad or size % tp_size() == 0
-    return -(-size // tp_size())
+def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A weight without values: `load_model` assigns them."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def rank_share(size: int, pad: bool) -> int:
+    """The size of one rank's share, rounded up if `pad`. Raises ValueError if the ranks cannot share it evenly."""
+    tp = get_tensor_model_parallel_size()
+    if not pad and size % tp != 0:
+        raise ValueError(f"{tp} ranks cannot share a size of {size} evenly: pass pad=True")
+    return -(-size // tp)
 
 
 class SPMDRank(nn.Module):
-    """NxD's `SPMDRank`: the rank, int32 [1], from the shard. Why: one graph, traced as rank 0, serves all ranks."""
+    """NxD's `SPMDRank`: the rank as a tensor, int32 [1], loaded from the shard. One graph, traced as rank 0, runs on
+    all ranks, so the rank has to be data."""
 
     def __init__(self, world_size: int):
         super().__init__()
@@ -329,286 +574,304 @@ class SPMDRank(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Beside HF's `nn.Linear`: weight [output_size / tp, input_size], bias [output_size / tp]. Each rank keeps a slice
-    of the output, rounded up with `pad`. NxD rounds before it adds the bias, HF after."""
+    """Counterpart of HF's `nn.Linear`, sharded by output so that ranks share the work: weight [output_size / tp,
+    input_size], bias [output_size / tp], rounded up if `pad`. The bias is added before the product is rounded, as in
+    HF; NxD adds it after."""
 
-    def __init__(self, input_size, output_size, bias=True, gather_output=True, dtype=torch.float32, pad=False):
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        bias: bool,
+        gather_output: bool,
+        dtype: torch.dtype,
+        pad: bool = False,
+    ):
         super().__init__()
-        assert not gather_output
-        self.weight = empty_parameter(divide(output_size, pad), input_size, dtype=dtype)
-        self.bias = empty_parameter(divide(output_size, pad), dtype=dtype) if bias else None
+        if gather_output:
+            raise ValueError("ColumnParallelLinear keeps its outputs on their rank here: pass gather_output=False")
+        share = rank_share(output_size, pad)
+        self.weight = empty_parameter(share, input_size, dtype=dtype)
+        self.bias = empty_parameter(share, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """Beside HF's `nn.Linear`: weight [output_size, input_size / tp], bias [output_size]. Each rank holds a slice of
-    the input; products are summed in float32 (NxD's `reduce_dtype`)."""
+    """Counterpart of HF's `nn.Linear`, sharded by input so that it takes what a `ColumnParallelLinear` left on its
+    rank: weight [output_size, input_size / tp], bias [output_size]. The ranks' partial results are summed in float32
+    (NxD's `reduce_dtype`), because rounding each of them first adds error with every rank."""
 
-    def __init__(self, input_size, output_size, bias=True, input_is_parallel=False, dtype=torch.float32, pad=False):
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        bias: bool,
+        input_is_parallel: bool,
+        dtype: torch.dtype,
+        pad: bool = False,
+    ):
         super().__init__()
-        assert input_is_parallel
-        self.weight = empty_parameter(output_size, divide(input_size, pad), dtype=dtype)
+        if not input_is_parallel:
+            raise ValueError("RowParallelLinear takes inputs that lie on their rank here: pass input_is_parallel=True")
+        share = rank_share(input_size, pad)
+        self.weight = empty_parameter(output_size, share, dtype=dtype)
         self.bias = empty_parameter(output_size, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if tp_size() == 1:
+        if get_tensor_model_parallel_size() == 1:
             return F.linear(x, self.weight, self.bias)
-        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight).float()).to(x.dtype)
+        partial_result = F.linear(x, self.weight).float()
+        y = reduce_from_tensor_model_parallel_region(partial_result).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class ParallelEmbedding(nn.Module):
-    """Beside HF's `nn.Embedding`: each rank holds a slice of every row [num_embeddings, embedding_dim / tp], and they
-    are gathered; or all of some rows [num_embeddings / tp, embedding_dim], and the ranks are summed."""
+    """Counterpart of HF's `nn.Embedding`, sharded because the table is large. By hidden size, a rank holds
+    [num_embeddings, embedding_dim / tp], and the slices are gathered. By vocabulary, it holds [num_embeddings / tp,
+    embedding_dim], looks up its own rows, and the results are summed; then a tied lm_head can use the same shard."""
 
-    def __init__(self, num_embeddings, embedding_dim, dtype, shard_across_embedding, pad, use_spmd_rank):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        dtype: torch.dtype,
+        shard_across_embedding: bool,
+        pad: bool,
+        use_spmd_rank: bool,
+    ):
         super().__init__()
-        self.embedding_dim, self.shard_across_embedding = embedding_dim, shard_across_embedding
+        self.embedding_dim = embedding_dim
+        self.shard_across_embedding = shard_across_embedding
         if shard_across_embedding:
-            self.weight = empty_parameter(num_embeddings, divide(embedding_dim, pad), dtype=dtype)
+            share = rank_share(embedding_dim, pad)
+            self.weight = empty_parameter(num_embeddings, share, dtype=dtype)
         else:
-            assert use_spmd_rank, "without it NxD's traced graph takes every rank for rank 0"
-            self.weight = empty_parameter(divide(num_embeddings, pad), embedding_dim, dtype=dtype)
-            self.rank_util = SPMDRank(tp_size())
+            if not use_spmd_rank:
+                raise ValueError("a traced graph would take every rank for rank 0: pass use_spmd_rank=True")
+            share = rank_share(num_embeddings, pad)
+            self.weight = empty_parameter(share, embedding_dim, dtype=dtype)
+            self.rank_util = SPMDRank(get_tensor_model_parallel_size())
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.shard_across_embedding:
-            x = F.embedding(input_ids, self.weight)
+            x = F.embedding(input_ids, self.weight)  # B T E/tp
             return gather_from_tensor_model_parallel_region(x)[..., : self.embedding_dim]
-        row = input_ids - self.rank_util.get_rank() * self.weight.shape[0]
-        here = (row >= 0) & (row < self.weight.shape[0])
-        x = F.embedding(torch.where(here, row, 0), self.weight)
-        return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0))
+        rows = self.weight.shape[0]
+        row = input_ids - self.rank_util.get_rank() * rows  # B T: outside of 0..rows-1 if another rank has it
+        is_here = (row >= 0) & (row < rows)
+        x = F.embedding(torch.where(is_here, row, 0), self.weight)  # B T E
+        return reduce_from_tensor_model_parallel_region(torch.where(is_here[..., None], x, 0))
+
+
+Heads = list[int | None]  # HF head indices on one rank, in order; None is an all-zero padding head
+
+
+def shard_heads(num_heads: int, num_kv_heads: int, tp: int) -> list[tuple[Heads, Heads]]:
+    """Each rank's query heads and KV heads, by the rules of NxD's `gqa.py`. They let any number of heads run on any
+    number of ranks, and every query head find its KV head on its own rank."""
+    group = num_heads // num_kv_heads
+    if tp % num_kv_heads == 0:
+        # REPLICATE_TO_TP_DEGREE: each KV head is copied to tp/kv_heads ranks, and the query heads of its group are
+        # padded to a multiple of that. 6 query heads, 2 KV heads, tp 4:
+        #     rank 0: q0 q1 | k0    rank 1: q2 -- | k0    rank 2: q3 q4 | k1    rank 3: q5 -- | k1
+        ranks_per_kv_head = tp // num_kv_heads
+        padding = [None] * (-group % ranks_per_kv_head)
+        query_heads: Heads = []
+        kv_heads: Heads = []
+        for kv_head in range(num_kv_heads):
+            query_heads += [*range(kv_head * group, (kv_head + 1) * group), *padding]
+            kv_heads += [kv_head] * ranks_per_kv_head
+    elif num_kv_heads % tp == 0:
+        # Both are split evenly, in order. 8 query heads, 2 KV heads, tp 2:
+        #     rank 0: q0 q1 q2 q3 | k0    rank 1: q4 q5 q6 q7 | k1
+        query_heads = [*range(num_heads)]
+        kv_heads = [*range(num_kv_heads)]
+    else:
+        # CONVERT_TO_MHA: each query head gets a copy of its KV head, and both are padded at the end. 9 query heads,
+        # 3 KV heads, tp 2:
+        #     rank 0: q0 q1 q2 q3 q4 | k0 k0 k0 k1 k1    rank 1: q5 q6 q7 q8 -- | k1 k2 k2 k2 --
+        padding = [None] * (-num_heads % tp)
+        query_heads = [*range(num_heads), *padding]
+        kv_heads = [*(head // group for head in range(num_heads)), *padding]
+    H = len(query_heads) // tp
+    K = len(kv_heads) // tp
+    ranks = []
+    for rank in range(tp):
+        query_shard = query_heads[rank * H : (rank + 1) * H]
+        kv_shard = kv_heads[rank * K : (rank + 1) * K]
+        ranks.append((query_shard, kv_shard))
+    return ranks
+
+
+# ---- what Neuron puts underneath: backends
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the model is made of. Where it runs is decided here, in no forward."""
+class Backend:
+    """The implementations that the model is built from. This alone depends on the device; no forward does."""
 
-    layers: object = sys.modules[__name__]  # this section's, or NxD's
-    norm: type[LlamaRMSNorm] = LlamaRMSNorm
-    cache: type[KVCache] = KVCache
+    ColumnParallelLinear: type[nn.Module]
+    RowParallelLinear: type[nn.Module]
+    ParallelEmbedding: type[nn.Module]
+    SPMDRank: type[nn.Module]
+    gather_from_tensor_model_parallel_region: Callable[[Tensor], Tensor]
+    RMSNorm: type[LlamaRMSNorm]
+    KVCache: type[KVCache]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = eager_attention_forward
-    static: bool = False  # every shape is known: attention reads all slots, prompts have few lengths
-
-    @classmethod
-    def of_device(cls, device: str, attn: str = "eager") -> Parts:
-        """Those of a device. Raises UsageError for sdpa on TorchNeuron."""
-        if device == "nxd":
-            from neuronx_distributed.parallel_layers import layers
-
-            return cls(layers, NeuronRMSNorm, NeuronKVCache, ATTENTION[attn], static=True)
-        if device == "neuron" and attn == "sdpa":  # says its source of 2025
-            raise UsageError("--attn sdpa: TorchNeuron's masks with -inf and copies KV heads, take eager or flash")
-        return cls(attention=ATTENTION[attn], static=device == "neuron")
+    static_shapes: bool = False  # True: attention reads every cache slot, and prompts are padded to a few lengths
 
 
-# ---- MLP, attention, layers, model
-
-ACT2FN = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
-ACT2FN["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
-
-
-class LlamaMLP(nn.Module):
-    """Beside HF's `LlamaMLP` (SwiGLU: Shazeer 2020, arXiv:2002.05202). Differs: gate_proj and up_proj are sharded by
-    output, down_proj by input: intermediate features, padded until tp divides them, stay on their rank."""
-
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
-        super().__init__()
-        hidden, inner, bias, dtype = config.hidden_size, config.intermediate_size, config.mlp_bias, neuron.dtype
-        column, row = parts.layers.ColumnParallelLinear, parts.layers.RowParallelLinear
-        self.gate_proj = column(hidden, inner, bias=bias, gather_output=False, dtype=dtype, pad=True)
-        self.up_proj = column(hidden, inner, bias=bias, gather_output=False, dtype=dtype, pad=True)
-        self.down_proj = row(inner, hidden, bias=bias, input_is_parallel=True, dtype=dtype, pad=True)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+REFERENCE = Backend(
+    ColumnParallelLinear=ColumnParallelLinear,
+    RowParallelLinear=RowParallelLinear,
+    ParallelEmbedding=ParallelEmbedding,
+    SPMDRank=SPMDRank,
+    gather_from_tensor_model_parallel_region=gather_from_tensor_model_parallel_region,
+    RMSNorm=LlamaRMSNorm,
+    KVCache=KVCache,
+)
 
 
-class LlamaAttention(nn.Module):
-    """Beside HF's `LlamaAttention` (NxDI's and Optimum's `NeuronAttentionBase`). Differs: q_proj, k_proj and v_proj are
-    one `Wqkv`, sharded by heads: a rank's q, k, v. Why: one large product keeps a NeuronCore busier than three."""
+def nxd_backend() -> Backend:
+    """NxD's own layers, with the norm and the cache that its tracer wants."""
+    from neuronx_distributed.parallel_layers import layers
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
-        super().__init__()
-        hidden, bias, dtype, tp = config.hidden_size, config.attention_bias, neuron.dtype, neuron.tp_degree
-        query, key = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)[0]
-        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim = len(query), len(key), config.head_dim
-        self.attention, self.scaling = parts.attention, D**-0.5
-        column, row = parts.layers.ColumnParallelLinear, parts.layers.RowParallelLinear
-        self.Wqkv = column(hidden, tp * (H + 2 * K) * D, bias=bias, gather_output=False, dtype=dtype)
-        self.o_proj = row(tp * H * D, hidden, bias=bias, input_is_parallel=True, dtype=dtype)
-        self.kv_cache = parts.cache((neuron.batch_size, K, neuron.sequence_length, D), dtype)
-
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        B, T, _ = hidden_states.shape
-        H, K, D = self.num_heads, self.num_kv_heads, self.head_dim
-        qkv = self.Wqkv(hidden_states).view(B, T, H + 2 * K, D).transpose(1, 2)  # B H+2K T D
-        # never `split`: where torch-neuronx turns functionalization off (XLA_DISABLE_FUNCTIONALIZATION=1, its default)
-        # torch-xla returns wrong data for it in a batch (pytorch/xla 8640; NxDI's NAPP-3145)
-        qk, v = qkv.tensor_split((H + K,), dim=1)
-        q, k = apply_rotary_pos_emb(qk, cos, sin).tensor_split((H,), dim=1)  # B H T D, B K T D
-        k, v = self.kv_cache.update(k, v, position_ids, length=mask.shape[-1])  # B K S D
-        y = self.attention(q, k, v, mask, self.scaling)  # B H T D
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+    return Backend(
+        ColumnParallelLinear=layers.ColumnParallelLinear,
+        RowParallelLinear=layers.RowParallelLinear,
+        ParallelEmbedding=layers.ParallelEmbedding,
+        SPMDRank=layers.SPMDRank,
+        gather_from_tensor_model_parallel_region=layers.gather_from_tensor_model_parallel_region,
+        RMSNorm=NeuronRMSNorm,
+        KVCache=NeuronKVCache,
+        static_shapes=True,
+    )
 
 
-class LlamaDecoderLayer(nn.Module):
-    """HF's `LlamaDecoderLayer`, unchanged."""
-
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
-        super().__init__()
-        hidden, eps, dtype = config.hidden_size, config.rms_norm_eps, neuron.dtype
-        self.self_attn = LlamaAttention(config, neuron, parts)
-        self.mlp = LlamaMLP(config, neuron, parts)
-        self.input_layernorm = parts.norm(hidden, eps, dtype)
-        self.post_attention_layernorm = parts.norm(hidden, eps, dtype)
-
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states = residual + self.self_attn(hidden_states, cos, sin, mask, position_ids)
-        residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        return residual + self.mlp(hidden_states)
-
-
-class LlamaModel(nn.Module):
-    """Beside HF's `LlamaModel`. Differs: embed_tokens is sharded. The mask compares cache slots with positions, so that
-    prefill, chunks and decode are one forward."""
-
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
-        super().__init__()
-        shape, dtype, rows = (config.vocab_size, config.hidden_size), neuron.dtype, neuron.vocab_parallel
-        across = {"shard_across_embedding": not rows, "use_spmd_rank": rows}
-        self.embed_tokens = parts.layers.ParallelEmbedding(*shape, dtype=dtype, pad=True, **across)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, neuron, parts) for _ in range(config.num_hidden_layers))
-        self.norm = parts.norm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.rotary_emb = RotaryEmbedding(config)
-        self.sequence_length = neuron.sequence_length
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, length: int | None = None) -> Tensor:
-        """input_ids, position_ids [B,T] int32 -> hidden states after the last norm [B,T,E]."""
-        hidden_states = self.embed_tokens(input_ids)  # B T E
-        cos, sin = self.rotary_emb(hidden_states, position_ids)  # B 1 T D
-        slots = torch.arange(length or self.sequence_length, dtype=torch.int32, device=input_ids.device)  # S
-        mask = slots <= position_ids[..., None]  # B T S: a token sees itself and what came before it
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, cos, sin, mask, position_ids)
-        return self.norm(hidden_states)
-
-
-class LlamaForCausalLM(nn.Module):
-    """Beside HF's `LlamaForCausalLM`. Differs: lm_head is sharded by vocabulary, padded until tp divides it. To choose
-    a token, ranks exchange a (value, index) pair, not logits."""
-
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts):
-        super().__init__()
-        self.config, self.neuron_config, self.static = config, neuron, parts.static
-        self.model = LlamaModel(config, neuron, parts)
-        column, shape = parts.layers.ColumnParallelLinear, (config.hidden_size, config.vocab_size)
-        self.lm_head = column(*shape, bias=False, gather_output=False, dtype=neuron.dtype, pad=True)
-        self.gather = parts.layers.gather_from_tensor_model_parallel_region
-        self.rank_util = parts.layers.SPMDRank(neuron.tp_degree)
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, length: int | None = None
-    ) -> Tensor:
-        """input_ids, position_ids [B,T] int32 -> float32 logits [B,T,V] on every rank; with `last` [B] int32, the
-        greedy choice at column `last` of each row, int32 [B]. Attention reads `length` slots, or all."""
-        hidden_states = self.model(input_ids, position_ids, length)  # B T E
-        if last is None:
-            return self.gather(self.lm_head(hidden_states))[..., : self.config.vocab_size].float()
-        index = last[:, None, None].expand(-1, 1, hidden_states.shape[-1]).long()  # B 1 E
-        return self.greedy(hidden_states.gather(1, index).squeeze(1))
-
-    def greedy(self, hidden_states: Tensor) -> Tensor:
-        """[B,E] -> int32 [B]: the first index of the largest logit."""
-        logits = self.lm_head(hidden_states).float()  # B V/tp
-        first = self.rank_util.get_rank() * logits.shape[-1]
-        vocabulary = first + torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)  # V/tp
-        inside = vocabulary < torch.full_like(vocabulary, self.config.vocab_size)  # a number would be int64
-        value, index = torch.where(inside, logits, -1e9).max(dim=-1)  # B: padding's 0 would win over negative ones
-        # float32 holds an index below 2^24: one collective carries both
-        pair = torch.stack((value, (index.int() + first).float()), dim=-1)  # B 2
-        values, indices = self.gather(pair).unflatten(-1, (-1, 2)).unbind(-1)  # B tp
-        return indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1).int()
+def backend_for(device: str, attn: str = "eager") -> Backend:
+    """The backend of a device, with a form of attention. Raises UsageError if they do not go together."""
+    if device == "nxd":
+        return replace(nxd_backend(), attention=ATTENTION[attn])
+    if device == "neuron" and attn == "sdpa":  # says the source of 2025
+        raise UsageError("--attn sdpa: TorchNeuron's version masks with -inf and copies KV heads; use eager or flash")
+    return replace(REFERENCE, attention=ATTENTION[attn], static_shapes=device == "neuron")
 
 
 # ---- loading
 
 
+class UsageError(ValueError):
+    """An error the user can fix. The message names the file or flag and the remedy."""
+
+
 def shard_path(ckpt: str | Path, rank: int) -> Path:
-    """A rank's file, NxD's name."""
+    """A rank's shard file, named as NxD names it."""
     return Path(ckpt, f"tp{rank}_sharded_checkpoint.safetensors")
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def check_seal(ckpt: str | Path, ranks: Iterable[int]) -> None:
-    """Raises UsageError if JSON files, or shards of `ranks`, are not as a conversion wrote them."""
-    path = Path(ckpt, "neuron_config.json")
-    try:
-        for file in path.parent.iterdir():
-            if not (file.is_file() or file.is_dir()) or (file.suffix == ".json" and file.stat().st_size > 2**26):
-                raise OSError(f"{file} is no regular file, or too long")
-        settings = path.read_bytes()
-        for rank in ranks:
-            path = shard_path(ckpt, rank)
-            shard = safe_open(path, "pt")
-            table = []
-            for name in shard.offset_keys():
-                x = shard.get_slice(name)
-                table.append((name, x.get_dtype(), x.get_shape(), name.endswith("rank") and x[:].tolist()))
-            if shard.metadata()["seal"] != sha256(settings + f"{rank}{table}".encode()):
-                raise ValueError("it does not fit neuron_config.json")
-        for name, digest in json.loads(settings)["sha256"].items():
-            path = Path(ckpt, name)
-            if sha256(path.read_bytes()) != digest:
-                raise ValueError("its digest differs")
-    except Exception as error:
-        hf = "HF_DIR" if any(path.parent.glob("*tp0*")) else ckpt
-        make = f"convert again, `python convert_weights.py --hf {hf} --out ./weights --tp 1`"
-        raise UsageError(f"--ckpt {ckpt} is no finished conversion, or was changed ({path}: {error}): {make}") from None
-
-
 def read_shard(ckpt: str | Path, rank: int) -> dict[str, Tensor]:
-    """One rank's tensors by name, memory-mapped."""
-    state = load_file(shard_path(ckpt, rank))
-    return {"lm_head.weight": state["model.embed_tokens.weight"]} | state  # the first is for tied ones
+    """One rank's tensors by name, memory-mapped. Raises UsageError if the shard says that it belongs to another
+    conversion or rank. NxD's own shards do not say."""
+    path = shard_path(ckpt, rank)
+    settings = json.loads(Path(ckpt, "neuron_config.json").read_text())
+    expected = {"conversion_id": settings.get("conversion_id"), "rank": str(rank)}
+    try:
+        with safe_open(path, "pt") as shard:
+            facts = shard.metadata() or {}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UsageError(f"{path} is damaged or missing ({error}): convert again") from None
+    if any(facts.get(key, value) != value for key, value in expected.items()):
+        raise UsageError(f"{path} is of another conversion, or of another rank: convert again")
+    state = load_file(path)
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # tied
+    return state
 
 
 def load_model(
     ckpt: str | Path,
     rank: int = 0,
     *,
-    batch_size=None,
-    sequence_length=None,
-    device="cpu",
-    parts: Parts | None = None,
-    model_class=LlamaForCausalLM,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+    backend: Backend | None = None,
+    model_class: type[LlamaForCausalLM] = LlamaForCausalLM,
 ) -> LlamaForCausalLM:
-    """One rank's model, from a conversion for as many ranks as the process group has. batch_size and sequence_length
-    default to the conversion's, `parts` to the device's. Raises UsageError if files or ranks do not fit."""
-    check_seal(ckpt, [rank])
-    neuron = NeuronConfig.from_pretrained(ckpt).with_shape(batch_size, sequence_length)
-    if tp_size() != neuron.tp_degree:
-        raise UsageError(f"{ckpt} is for --tp {neuron.tp_degree}, here are {tp_size()} ranks: convert it again")
-    try:
-        model = model_class(LlamaConfig.from_pretrained(ckpt), neuron, parts or Parts.of_device(device))
-    except (RuntimeError, TypeError):  # of torch's allocator
-        shape = f"--batch-size {neuron.batch_size} --sequence-length {neuron.sequence_length}"
-        raise UsageError(f"{shape}: the cache does not fit in memory") from None
-    model.load_state_dict(dict(model.named_buffers()) | read_shard(ckpt, rank), assign=True)
+    """One rank of a converted checkpoint. batch_size and sequence_length default to the conversion's, `backend` to
+    the device's. Raises UsageError if shard, ranks or cache do not fit, RuntimeError if a weight is missing or has
+    another shape."""
+    config = LlamaConfig.from_pretrained(ckpt)
+    neuron = NeuronConfig.from_pretrained(ckpt).with_cache(batch_size, sequence_length)
+    ranks = get_tensor_model_parallel_size()
+    if ranks != neuron.tp_degree:
+        raise UsageError(f"{ckpt} was converted for --tp {neuron.tp_degree}, but this run has {ranks} ranks")
+    model = model_class(config, neuron, backend or backend_for(device))
+    state = read_shard(ckpt, rank)
+    # a shard has no caches, and rotary frequencies only for yarn, longrope and dynamic: these stay as they were built
+    for name, buffer in model.named_buffers():
+        state.setdefault(name, buffer)
+    model.load_state_dict(state, assign=True)
     model.eval().to(device)
-    if device == "neuron":  # a graph for decode and one for each length of a prompt, where torch stops at 8
+    if device == "neuron":
+        # one graph for decoding and one per prompt length: torch would stop at 8, and count those of other models too
         graphs = 1 + len(neuron.prefill_lengths())
-        model.compile(backend="neuron", fullgraph=True, dynamic=False, recompile_limit=graphs)
+        options = {"fullgraph": True, "dynamic": False, "recompile_limit": graphs, "isolate_recompiles": True}
+        model.compile(backend="neuron", **options)
+    return model
+
+
+def compile_nxd(
+    config: LlamaConfig, neuron: NeuronConfig, backend: Backend, model_class: type[nn.Module], compiler_args: str
+) -> nn.Module:
+    """NxD's ModelBuilder traces each graph (decoding, and each length of a prompt) once, as rank 0, and compiles it."""
+    from neuronx_distributed import ModelBuilder
+
+    builder = ModelBuilder(model_class(config, neuron, backend).eval())
+    last = torch.zeros(neuron.batch_size, dtype=torch.int32)
+    for length in sorted({1, *neuron.prefill_lengths()}):
+        ids = torch.zeros(neuron.batch_size, length, dtype=torch.int32)
+        inputs = {"input_ids": ids, "position_ids": ids.clone(), "last": last}
+        builder.trace(kwargs=inputs, tag="decode" if length == 1 else f"prefill_{length}")
+    return builder.compile(compiler_args=compiler_args)
+
+
+def load_nxd(
+    ckpt: str | Path,
+    *,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    backend: Backend | None = None,
+    model_class: type[LlamaForCausalLM] = LlamaForCausalLM,
+) -> nn.Module:
+    """All ranks, on this host's NeuronCores (Trn1, Inf2), in one process. The result is called like the model, always
+    with `last`. Graphs that an earlier run has compiled are used again where launch/ is there."""
+    from neuronx_distributed import NxDParallelState
+
+    config = LlamaConfig.from_pretrained(ckpt)
+    neuron = NeuronConfig.from_pretrained(ckpt).with_cache(batch_size, sequence_length)
+    backend = backend or backend_for("nxd")
+    tp = neuron.tp_degree
+    with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
+        compiler_args = f"--auto-cast=none --model-type=transformer --lnc={state.lnc_size}"
+        arguments = (config, neuron, backend, model_class, compiler_args)
+        if HAS_LAUNCH:
+            from launch.kept import compile_once
+
+            model = compile_once(compile_nxd, arguments)
+        else:
+            model = compile_nxd(*arguments)
+    model.config = config
+    model.neuron_config = neuron
+    model.static_shapes = True
+    model.device = torch.device("cpu")  # it takes and returns the host's tensors
+    rotary = dict(LlamaRotaryEmbedding(config).named_buffers(prefix="model.rotary_emb"))  # a graph has them as weights
+    model.set_weights([rotary | read_shard(ckpt, rank) for rank in range(tp)])
+    model.to_neuron()
     return model
 
 
@@ -616,183 +879,145 @@ def load_model(
 
 
 def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronConfig) -> None:
-    """Raises UsageError if they do not fit batch, cache or vocabulary."""
+    """Raises UsageError if a prompt does not fit the batch, the cache or the vocabulary."""
     if not 0 < len(prompts) <= neuron.batch_size:
         raise UsageError(f"{len(prompts)} prompts do not fit --batch-size {neuron.batch_size}: raise it")
-    longest, largest = neuron.sequence_length - 1, config.vocab_size - 1
+    longest = neuron.sequence_length - 1
     for number, ids in enumerate(prompts, start=1):
-        if not 0 < len(ids) <= longest:
-            raise UsageError(f"prompt {number} has {len(ids)} tokens, 1 to {longest} fit: raise --sequence-length")
-        if not 0 <= min(ids) <= max(ids) <= largest:
-            raise UsageError(f"prompt {number}: token ids must be from 0 to {largest}")
+        if not ids:
+            raise UsageError(f"prompt {number} is empty: it needs a token at least")
+        if len(ids) > longest:
+            raise UsageError(f"prompt {number} has {len(ids)} tokens; {longest} fit. Raise --sequence-length")
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise UsageError(f"prompt {number} holds token ids outside of 0 to {config.vocab_size - 1}")
 
 
 @torch.no_grad()
 def generate(
-    model: LlamaForCausalLM, prompts: list[list[int]], max_new_tokens: int, eos_token_ids: list[int], on_step=None
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    on_step: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """Greedy decoding: the new tokens of each prompt. After each step `on_step` gets those so far. A text ends with an
-    EOS token, after max_new_tokens, or when the cache is full. The batch is static: rows that have ended, or have no
-    prompt, are computed and ignored. Raises UsageError if prompts do not fit."""
+    """Greedy decoding: the new tokens of each prompt. A row stops at an EOS token, after max_new_tokens, or when the
+    cache is full. The batch is static: finished and unused rows are still computed, and ignored. `on_step` is called
+    after every step with the tokens generated so far. Raises UsageError if the prompts do not fit."""
     neuron = model.neuron_config
     check_prompts(prompts, model.config, neuron)
     rows = prompts + [[0]] * (neuron.batch_size - len(prompts))
-    ends = torch.tensor([len(row) for row in rows])  # B: the first free slot of each row
-    left = [min(max_new_tokens, neuron.sequence_length - len(prompt)) for prompt in prompts]
     completions: list[list[int]] = [[] for _ in prompts]
-    new = prefill(model, rows, ends)  # B
+    remaining = [min(max_new_tokens, neuron.sequence_length - len(prompt)) for prompt in prompts]
+
+    # 1. read the prompts, which gives each row its first new token
+    next_position = torch.tensor([len(row) for row in rows])  # B: the first free slot of each row
+    new_tokens = prefill(model, rows, next_position)  # B
     while True:
-        for number, token in enumerate(new.tolist()[: len(prompts)]):
-            if left[number] > 0:
-                completions[number].append(token)
-                left[number] = 0 if token in eos_token_ids else left[number] - 1
+        # 2. keep what was chosen for rows that go on
+        for row, token in enumerate(new_tokens.tolist()[: len(prompts)]):
+            if remaining[row] > 0:
+                completions[row].append(token)
+                remaining[row] = 0 if token in eos_token_ids else remaining[row] - 1
         if on_step is not None:
             on_step(completions)
-        if not any(left):
+        if not any(remaining):
             return completions
-        new = choose(model, new[:, None], ends[:, None], torch.zeros_like(ends), length=int(ends.max()) + 1)
-        ends = ends + 1
+        # 3. feed it back, each row at its own position
+        first_column = torch.zeros_like(next_position)
+        kv_length = int(next_position.max()) + 1
+        new_tokens = choose(model, new_tokens[:, None], next_position[:, None], first_column, kv_length)
+        next_position = next_position + 1
 
 
-def prefill(model: LlamaForCausalLM, rows: list[list[int]], ends: Tensor) -> Tensor:
-    """The first new token of each row [B]. Prompts are padded on the right to one length, and read at once or in
-    chunks: that with a row's end chooses."""
-    neuron, longest = model.neuron_config, int(ends.max())
-    chunk = neuron.prefill_chunk_size or longest
-    if model.static:
-        chunk = min((size for size in neuron.prefill_lengths() if size >= longest), default=chunk)
-    new = torch.zeros_like(ends)
-    for start in range(0, longest, chunk):
-        stop = start + chunk
+def prefill(model: LlamaForCausalLM, rows: list[list[int]], lengths: Tensor) -> Tensor:
+    """The first new token of each row [B]. Prompts are padded on the right to one length, and processed at once or in
+    chunks; a row's token comes from the chunk that contains the end of its prompt."""
+    neuron = model.neuron_config
+    longest = int(lengths.max())
+    if neuron.prefill_chunk_size is not None:
+        chunk_size = neuron.prefill_chunk_size
+    elif model.static_shapes:
+        chunk_size = min(bucket for bucket in neuron.prefill_lengths() if bucket >= longest)
+    else:
+        chunk_size = longest
+    new_tokens = torch.zeros_like(lengths)
+    for start in range(0, longest, chunk_size):
+        stop = start + chunk_size
         ids = torch.tensor([(row + [0] * stop)[start:stop] for row in rows])  # B T
-        last = (ends - 1 - start).clamp(0, chunk - 1)
-        choice = choose(model, ids, torch.arange(start, stop).expand_as(ids), last, length=stop)
-        new = torch.where(ends > start, choice, new)
-    return new
+        positions = torch.arange(start, stop).expand_as(ids)
+        last = (lengths - 1 - start).clamp(0, chunk_size - 1)
+        chosen = choose(model, ids, positions, last, kv_length=stop)
+        new_tokens = torch.where(lengths > start, chosen, new_tokens)
+    return new_tokens
 
 
-def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, length: int) -> Tensor:
-    """One call of the model, with `length` slots of the cache, or all if it is static."""
+def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor, kv_length: int) -> Tensor:
+    """One call of the model: the token after column `last` of each row, int32 [B]. Attention reads `kv_length` slots of
+    the cache, or all of them where shapes are static."""
     slots = model.neuron_config.sequence_length
-    positions = positions.clamp(max=slots - 1)  # of padding, and of rows that have ended
-    device = next(model.parameters(), ids).device  # an NxDModel takes the host's tensors
-    inputs = [tensor.int().to(device) for tensor in (ids, positions, last)]
-    if model.static:
+    positions = positions.clamp(max=slots - 1)  # padding and finished rows may point beyond the cache
+    inputs = [tensor.int().to(model.device) for tensor in (ids, positions, last)]
+    if model.static_shapes:
         return model(*inputs).cpu()
-    return model(*inputs, length=min(length, slots)).cpu()
+    return model(*inputs, kv_length=min(kv_length, slots)).cpu()
 
 
-# ---- graphs made ahead of time
+# ---- command
 
-
-def compile_nxd(
-    ckpt: str | Path, *, batch_size=None, sequence_length=None, parts: Parts, model_class=LlamaForCausalLM
-) -> nn.Module:
-    """All ranks on this host's NeuronCores (Trn1, Inf2), in one process. Call it like the model, with `last`. NxD's
-    ModelBuilder traces each graph (decoding, each length of prefill) once, as rank 0; `cpu/kept.py` keeps them, under a
-    digest of all they depend on."""
-    import torch_neuronx
-    from neuronx_distributed import ModelBuilder, NxDModel, NxDParallelState
-
-    from cpu.kept import Kept
-
-    config = LlamaConfig.from_pretrained(ckpt)
-    neuron = NeuronConfig.from_pretrained(ckpt).with_shape(batch_size, sequence_length)
-    tp, B = neuron.tp_degree, neuron.batch_size
-    with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp) as state:
-        flags = f"--auto-cast=none --model-type=transformer --lnc={state.lnc_size}"
-        platform = torch_neuronx.utils.get_platform_target(), torch_neuronx.__version__
-        depends = config, neuron, parts.attention.__name__, inspect.getsource(model_class), flags, platform
-        kept = Kept(f"nxd-{sha256((repr(depends) + Path(__file__).read_text()).encode())[:12]}")
-        file = kept.find()
-        if file:
-            compiled = NxDModel.load(str(file))
-        else:
-            builder = ModelBuilder(model_class(config, neuron, parts).eval())
-            for T in sorted({1, *neuron.prefill_lengths()}):
-                ids, last = torch.zeros(B, T, dtype=torch.int32), torch.zeros(B, dtype=torch.int32)
-                inputs = {"input_ids": ids, "position_ids": ids.clone(), "last": last}
-                builder.trace(kwargs=inputs, tag=f"prefill_{T}" if T > 1 else "decode")
-            compiled = builder.compile(compiler_args=flags)
-            kept.save(compiled.save)
-    compiled.config, compiled.neuron_config, compiled.static = config, neuron, True
-    rotary = dict(RotaryEmbedding(config).named_buffers(prefix="model.rotary_emb"))  # weights to a graph
-    compiled.set_weights([rotary | read_shard(ckpt, rank) for rank in range(tp)])
-    compiled.to_neuron()
-    return compiled
-
-
-def compile_decode(model: LlamaForCausalLM) -> None:
-    """--compile: single tokens go through compiled code from here on. Raises OSError without g++."""
-    from cpu.compiled import compile_one_row
-
-    token, layers = torch.zeros(model.neuron_config.batch_size, 1, dtype=torch.int32), model.model.layers
-    key = repr((model.config, replace(model.neuron_config, sequence_length=1), layers[0].self_attn.attention.__name__))
-    compile_one_row(partial(model, token, token, length=1), layers, key, heads=[model.lm_head])
-
-
-# ---- command line
+HAS_LAUNCH = Path(__file__).with_name("launch").is_dir()  # else this file is alone, which is enough to run it
+DEFAULT_PROMPT = "Photosynthesis is the process by which"
 
 
 def positive_int(text: str) -> int:
-    """argparse type of a count."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    """argparse type of a count. float32 represents integers exactly only up to 2^24."""
+    if not text.isdecimal() or not 1 <= int(text) <= 2**24:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer up to 2^24")
     return int(text)
 
 
 def integers(text: str) -> list[int]:
     """argparse type of a list such as 1,2,3."""
-    return list(map(int, text.split(",")))
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """One line says what ends a command: a mistake (exit code 2), a file or rank that fails (1), Ctrl-C (130)."""
-    try:
-        if sys.stdout is None:  # and what is opened next would be taken for it
-            raise OSError("stdout is closed: redirect it, to /dev/null if need be")
-        main()
-        print(end="", flush=True)
-    except (UsageError, ImportError, OSError, KeyboardInterrupt) as error:
-        if not find_spec("cpu") or import_module("cpu.torchrun").may_speak():
-            text = "".join(c if c.isprintable() else "?" for c in str(error) or "interrupted")  # files may say anything
-            print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        if isinstance(error, OSError):
-            sys.stdout = None  # exit would flush it, and fail again
-            sys.exit(1)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    return [int(number) for number in text.split(",")]
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """It says what is wrong by `run_command`: once, however many ranks torchrun has started."""
+    """A wrong flag is a UsageError like any other, so that one of torchrun's ranks says so, and not all."""
 
     def error(self, message: str) -> None:
         raise UsageError(message)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description="Llama as AWS Neuron computes it, greedy.", usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="from convert_weights.py")
-    add("--tp", type=positive_int, help="ranks, as converted")
-    add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: stdin")
-    add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
-    add("--max-new-tokens", type=positive_int, default=64, help="default: %(default)s")
-    add("--batch-size", type=positive_int, help="as converted")
-    add("--sequence-length", type=positive_int, help="as converted")
-    add("--device", default="auto", help="auto, cpu, nxd, neuron, cuda, ...; default: what is installed")
-    add("--attn", choices=ATTENTION, help="default: eager, as HF; with --compile sdpa")
-    add("--compile", action="store_true", help="on a CPU: compiled decoding")
-    add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
-    add("--json", action="store_true", help="print JSON instead of text")
-    add("--timeout", type=positive_int, default=60, help="seconds of silence that end a run")
-    return parser.parse_args()
+    parser = ArgumentParser(description="Greedy Llama generation as AWS Neuron computes it.", usage=argparse.SUPPRESS)
+    parser.add_argument("--ckpt", required=True, help="directory written by convert_weights.py")
+    parser.add_argument("--tp", type=positive_int, help="number of ranks (must match the conversion)")
+    parser.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
+    parser.add_argument("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive_int, help="default: the conversion's")
+    parser.add_argument("--sequence-length", type=positive_int, help="default: the conversion's")
+    parser.add_argument("--device", default="auto", help="auto (what is installed), cpu, nxd, neuron, cuda, ...")
+    parser.add_argument("--attn", choices=ATTENTION, help="default: eager, as HF; with --compile sdpa")
+    parser.add_argument("--compile", action="store_true", help="on a CPU: compiled decoding")
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at EOS")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--timeout", type=positive_int, default=60, help="end if a rank is silent for so many seconds")
+    args = parser.parse_args()
+    if (args.json or args.compile) and not HAS_LAUNCH:
+        raise UsageError("--json and --compile need the folders launch/ and cpu/ beside llama_neuron.py")
+    args.attn = args.attn or ("sdpa" if args.compile else "eager")
+    return args
 
 
 def choose_device(asked: str) -> str:
-    """What --device means here; NxD needs torch-xla, TorchNeuron has none. Raises UsageError if it is absent."""
-    xla, neuronx, nxd = (find_spec(name) for name in ("torch_xla", "torch_neuronx", "neuronx_distributed"))
-    available = {"nxd": nxd and xla, "neuron": neuronx and not xla, "cpu": True}
+    """Resolves --device on this machine. NxD runs on torch-xla, TorchNeuron does not. Raises UsageError if the device
+    is not available."""
+    has_xla = find_spec("torch_xla")
+    available = {
+        "nxd": has_xla and find_spec("neuronx_distributed"),
+        "neuron": find_spec("torch_neuronx") and not has_xla,
+        "cpu": True,
+    }
     if asked == "auto":
         return next(device for device in available if available[device])
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, or another that torch knows
@@ -801,125 +1026,137 @@ def choose_device(asked: str) -> str:
     return asked
 
 
-def run(args: argparse.Namespace, rank: int) -> None:
-    """One rank's work: load, generate; rank 0 prints."""
-    args.attn = args.attn or ("sdpa" if args.compile else "eager")  # a prompt of 2048 takes sdpa 0.19 of eager's time
-    began, parts = time.perf_counter(), Parts.of_device(args.device, args.attn)
-    shape = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
-    if args.device == "nxd":
-        stdout = os.dup(1)
-        os.dup2(2, 1)  # what NxD and the compiler print
-        model, loaded = compile_nxd(args.ckpt, parts=parts, **shape), began
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
+def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], None]) -> None:
+    """Calls work(args, rank) on every rank, with token ids for args.prompts. The ranks are torchrun's if it started
+    this process, else this process if it is enough, else processes that share memory (CPU, launch/), else torchrun's
+    again. Raises UsageError if --ckpt, --tp or the prompts are wrong."""
+    args.device = choose_device(args.device)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun and args.device == "nxd":
+        raise UsageError("--device nxd runs all ranks in one process: start it without torchrun")
+    rank = int(os.environ["RANK"]) if under_torchrun else 0
+    if HAS_LAUNCH:
+        from checkpoint.seal import check_seal
+
+        check_seal(args.ckpt, [rank] if under_torchrun else None)
+    neuron = NeuronConfig.from_pretrained(args.ckpt)
+    tp = neuron.tp_degree
+    if args.tp not in (None, tp):
+        raise UsageError(f"--tp {args.tp}, but {args.ckpt} was converted for --tp {tp}: convert it again")
+    args.tp = tp
+    if args.compile and (under_torchrun or args.device != "cpu"):
+        raise UsageError("--compile is for a CPU, without torchrun: leave it out")
+    in_this_process = under_torchrun or tp == 1 or args.device == "nxd"
+    if not in_this_process and not (HAS_LAUNCH and args.device == "cpu"):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // tp)))
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={tp}"]
+        os.execv(sys.executable, launcher + sys.orig_argv[1:])
+    if under_torchrun:
+        join_torchrun(args.device, args.timeout)
+    args.prompts, args.tokenizer = read_prompts(args, rank)
+    args.batch_size = args.batch_size or max(neuron.batch_size, len(args.prompts))
+    neuron = neuron.with_cache(args.batch_size, args.sequence_length)
+    check_prompts(args.prompts, LlamaConfig.from_pretrained(args.ckpt), neuron)
+    if in_this_process:
+        work(args, rank)
     else:
-        model = load_model(args.ckpt, rank, device=args.device, parts=parts, **shape)
-        loaded = time.perf_counter()
-        if args.compile:
-            compile_decode(model)
-    compile_s = time.perf_counter() - loaded  # by NxD with loading
-    eos = [] if args.ignore_eos else model.config.eos_token_id
-    decode = args.tokenizer.decode if args.tokenizer else str
-    streams = rank == 0 and not args.json and args.tokenizer and len(args.prompts) == 1
-    streamed, clock = "", [time.perf_counter()]
+        from launch.shared_memory import start_ranks
 
-    def on_step(completions: list[list[int]]) -> None:
-        nonlocal streamed
-        clock.append(time.perf_counter())
-        text = decode(args.prompts[0] + completions[0]) if streams else ""
-        if not text.endswith("\ufffd"):  # an unfinished character waits for the rest
-            print(text[len(streamed) :], end="", flush=True)
-            streamed = text
+        start_ranks(partial(work, args), tp, args.timeout)
+    if under_torchrun:
+        dist.destroy_process_group()  # else gloo's threads may abort at exit
 
-    completions = generate(model, args.prompts, args.max_new_tokens, eos, on_step)
-    if rank != 0:
-        return
-    tokens, decode_s = sum(map(len, completions)) - len(completions), clock[-1] - clock[1] + 1e-9
-    weights = read_shard(args.ckpt, 0)
-    read = sum(tensor.nbytes for tensor in weights.values()) - weights["model.embed_tokens.weight"].nbytes
-    timings = {
-        "load_s": clock[0] - began - compile_s,
-        "compile_s": compile_s,
-        "prefill_s": clock[1] - clock[0],
-        "prefill_tokens": sum(map(len, args.prompts)),
-        "decode_s": decode_s,
-        "decode_tokens": tokens,
-        "decode_tokens_per_s": tokens / decode_s,
-        "weight_gb_per_s": args.tp * read * (len(clock) - 2) / decode_s / 1e9,  # a step reads all
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    rows, texts = [], []
-    for prompt, ids in zip(args.prompts, completions, strict=True):
-        row = {"prompt": decode(prompt), "prompt_ids": prompt, "ids": ids, "text": decode(ids)}
-        rows.append(row | {"finish_reason": "eos" if ids[-1] in eos else "length"})
-        texts.append(decode(prompt + ids))
-    if args.json:
-        config = {"device": args.device, "attn": args.attn} | asdict(model.config) | asdict(model.neuron_config)
-        print(json.dumps({"completions": rows, "timings": timings, "config": config}, indent=2))
+
+def join_torchrun(device: str, timeout: int) -> None:
+    """Makes torchrun's ranks one process group: prompts go over gloo, the device's tensors over its own backend. The
+    group comes before the device, because TorchNeuron's group is what gives a process its NeuronCore."""
+    if device == "cpu" and HAS_LAUNCH:
+        from launch.torchrun import join  # ranks that end together
+
+        join(timeout)
+    elif device == "cpu":
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     else:
-        print("\n\n".join(texts)[len(streamed) :])
-        print(f"on {args.device}:", *(f"{name} {value:.4g}" for name, value in timings.items()), file=sys.stderr)
-
-
-def init_process_group(device: str) -> None:
-    """torchrun's ranks in one group: prompts go over gloo, the device's tensors over its own backend. The group comes
-    before the device, since TorchNeuron's group is what gives each process its NeuronCore."""
-    if device == "cpu":
-        dist.init_process_group("gloo")
-    else:
-        dist.init_process_group(f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}")
+        backend = dist.get_default_backend_for_device(device)
+        dist.init_process_group(f"cpu:gloo,{device}:{backend}", timeout=timedelta(seconds=timeout))
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
 
 
-def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], None]) -> None:
-    """Calls work(args, rank) on --tp ranks: by cpu/ on a CPU if it is there, else by torchrun."""
-    args.device, args.tokenizer, rank = choose_device(args.device), None, int(os.environ.get("RANK", 0))
-    torchrun, has_cpu = "TORCHELASTIC_RUN_ID" in os.environ, args.device == "cpu" and find_spec("cpu")
-    if args.compile and (torchrun or not has_cpu):
-        raise UsageError("--compile is for a CPU, with cpu/ and without torchrun: leave it out")
-    check_seal(args.ckpt, [rank])
-    config, neuron = LlamaConfig.from_pretrained(args.ckpt), NeuronConfig.from_pretrained(args.ckpt)
-    if args.tp not in (None, neuron.tp_degree):
-        raise UsageError(f"--tp {args.tp}, but {args.ckpt} is for --tp {neuron.tp_degree}: convert it again")
-    args.tp = neuron.tp_degree
-    check_seal(args.ckpt, [] if torchrun else range(args.tp))  # a host may have its shards only
-    alone = torchrun or args.tp == 1 or args.device == "nxd"
-    if not alone and not has_cpu:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.tp)))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={args.tp}"]
-        os.execv(sys.executable, torchrun + sys.orig_argv[1:])
-    if torchrun:
-        if has_cpu:
-            import_module("cpu.torchrun").join(args.timeout)
-        else:
-            init_process_group(args.device)
-    if not args.prompts and rank == 0:  # piped stdin, else a built-in sentence
-        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode(errors="replace")
-        args.prompts = [piped.strip() or "The capital of France is"]
-    if torchrun:
-        args.prompts = args.prompts or [None]
-        dist.broadcast_object_list(args.prompts, device=torch.device("cpu"))  # of rank 0's stdin
-    tokenizer = Path(args.ckpt, "tokenizer.json")
-    if tokenizer.exists():
+def read_prompts(args: argparse.Namespace, rank: int) -> tuple[list[list[int]], object]:
+    """The ids of --prompt and --prompt-ids, else of piped standard input, else of a built-in sentence; and the
+    tokenizer, if the checkpoint has one. Raises UsageError if text needs one and there is none."""
+    prompts = args.prompts or []
+    if not prompts and rank == 0:
+        is_piped = sys.stdin is not None and not sys.stdin.isatty()
+        text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n") if is_piped else ""
+        prompts = [text or DEFAULT_PROMPT]
+    if dist.is_initialized():  # rank 0 alone has read standard input
+        prompts = prompts or [None]
+        dist.broadcast_object_list(prompts, device=torch.device("cpu"))
+    tokenizer = None
+    path = Path(args.ckpt, "tokenizer.json")
+    if path.exists():
         from tokenizers import Tokenizer
 
-        args.tokenizer = Tokenizer.from_file(str(tokenizer))
-    elif any(isinstance(prompt, str) for prompt in args.prompts):
-        raise UsageError(f"{args.ckpt} has no tokenizer.json: give --prompt-ids")
-    for number, text in enumerate(args.prompts):
-        if isinstance(text, str):
-            args.prompts[number] = args.tokenizer.encode(os.fsencode(text).decode(errors="replace")).ids
-    args.batch_size = args.batch_size or max(neuron.batch_size, len(args.prompts))
-    check_prompts(args.prompts, config, neuron.with_shape(args.batch_size, args.sequence_length))
-    if alone:
-        work(args, rank)
-        if torchrun:
-            dist.destroy_process_group()  # else gloo's threads may abort at exit
-    else:
-        from cpu.shared_memory import start_ranks
+        tokenizer = Tokenizer.from_file(str(path))
+    ids = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise UsageError(f"{args.ckpt} has no tokenizer.json: give --prompt-ids")
+            text = os.fsencode(prompt).decode(errors="replace")  # a command line may hold bytes that are not UTF-8
+            prompt = tokenizer.encode(text).ids
+        ids.append(prompt)
+    return ids, tokenizer
 
-        start_ranks(partial(work, args), args.tp, args.timeout)
+
+def run(args: argparse.Namespace, rank: int) -> None:
+    """One rank's work: load and generate. Rank 0 prints."""
+    began = time.perf_counter()
+    cache = {"batch_size": args.batch_size, "sequence_length": args.sequence_length}
+    backend = backend_for(args.device, args.attn)
+    if args.device == "nxd":
+        stdout = os.dup(1)
+        os.dup2(2, 1)  # NxD and its compiler print to stdout; send that to stderr
+        model = load_nxd(args.ckpt, backend=backend, **cache)
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+    else:
+        model = load_model(args.ckpt, rank, device=args.device, backend=backend, **cache)
+    loaded = time.perf_counter()
+    if args.compile:
+        from launch.compiled import compile_decode
+
+        compile_decode(model)
+    eos_token_ids = [] if args.ignore_eos else model.config.eos_token_id
+    if HAS_LAUNCH:
+        from launch.report import Report  # streamed text, timings, --json
+
+        report = Report(args, rank, began, loaded)
+        completions = generate(model, args.prompts, args.max_new_tokens, eos_token_ids, report.on_step)
+        report.print(model, completions)
+    else:
+        completions = generate(model, args.prompts, args.max_new_tokens, eos_token_ids)
+        for prompt, new_tokens in zip(args.prompts, completions, strict=True):
+            if rank == 0:
+                print(args.tokenizer.decode(prompt + new_tokens) if args.tokenizer else new_tokens)
+
+
+def main() -> None:
+    start(parse_args(), run)
 
 
 if __name__ == "__main__":
-    run_command(lambda: start(parse_args(), run))
+    if HAS_LAUNCH:
+        # launch/ imports llama_neuron: that has to be this module, not a second copy of it
+        sys.modules.setdefault("llama_neuron", sys.modules[__name__])
+        import llama_neuron
+        from launch.command import run_command  # one line for whatever ends a command, and an exit code
+
+        run_command(llama_neuron.main)
+    else:
+        try:
+            main()
+        except UsageError as error:
+            print(f"llama_neuron.py: error: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -1,6 +1,6 @@
 """Ahead-of-time compiled code for modules that get one row, so that their products read weights at memory's pace.
 
-    compiled.compile_one_row(run, model.layers, key, folder, heads=[model.lm_head])
+    compiled.compile_one_row(run, model.layers, key, find_or_make, heads=[model.lm_head])
 
 The modules have no branch for it. torch.export traces the first of the layers as a function of its weights and caches,
 a decomposition table swaps its products, and AOTInductor makes a library of it that serves all layers. A head is a
@@ -10,11 +10,8 @@ single product, and calls that of `products.cpp`.
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
-import signal
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +21,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cpu import products
-from cpu.kept import Kept, open_folder
-from cpu.ranks import die_with_parent, fork
 
 
 def check() -> None:
@@ -137,11 +131,8 @@ def code_name(module: nn.Module, arguments: tuple, key: str) -> str:
     for part in module.modules():
         if not type(part).__module__.startswith("torch."):
             sources.add(Path(inspect.getsourcefile(type(part))))
-    group = ()
-    if dist.is_initialized():
-        group = dist.get_world_size(), dist.group.WORLD.group_name  # constants in the code
     tensors = [(name, x.shape, x.stride(), x.dtype) for name, x in [*state.items(), *enumerate(inputs)]]
-    return named(type(module).__name__, sources, key, torch.get_num_threads(), group, tensors)
+    return named(type(module).__name__, sources, key, torch.get_num_threads(), tensors)
 
 
 def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
@@ -150,19 +141,9 @@ def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
     return f"{name}-{sha256(repr((depends_on, machine(), texts)).encode()).hexdigest()[:16]}"
 
 
-def compile_file(jobs: list[tuple[Kept, Callable[[str], Path]]], scratch: str, number: int) -> None:
-    """Does one of the jobs, in a process of its own, with which the memory for it goes."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, partial(abandon, scratch))
-    die_with_parent(signal.SIGTERM)
-    os.environ["TMPDIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # for the compiler's temporary files
-    tempfile.tempdir = None
-    kept, compile_to = jobs[number]
-    kept.keep(compile_to(scratch))
-
-
 def compile_module(module: nn.Module, arguments: tuple, any_length: list[tuple], scratch: str) -> Path:
     """Makes a module's code in a folder, for what `example_arguments` gives."""
+    check()
     from torch._inductor.cpp_builder import CppBuilder
     from torch._inductor.cpu_vec_isa import VecISA
 
@@ -192,6 +173,12 @@ def compile_module(module: nn.Module, arguments: tuple, any_length: list[tuple],
         return Path(torch._inductor.aot_compile(graph, arguments, options=options))
 
 
+def compile_library(scratch: str) -> Path:
+    """Makes the library of products in a folder."""
+    check()
+    return products.compile_products(scratch)
+
+
 def build_beside(builder: object, build: Callable, pool: ThreadPoolExecutor, jobs: list[Future]) -> None:
     """Inductor's `CppBuilder.build`, for whose largest file, the wrapper, only the linker waits."""
     target = builder.get_target_file_path()
@@ -201,14 +188,6 @@ def build_beside(builder: object, build: Callable, pool: ThreadPoolExecutor, job
         if not target.endswith(".o"):
             jobs.pop().result()
         build(builder)
-
-
-def abandon(scratch: str, *_: object) -> None:
-    """Ends a compilation that nobody waits for, with the compiler's processes and files."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(1)
 
 
 # ---- what the forward of a module becomes
@@ -235,7 +214,7 @@ def compile_one_row(
     run: Callable[[], object],
     layers: Sequence[nn.Module],
     key: str,
-    folder: str | Path | None = None,
+    find_or_make: Callable[[dict[str, Callable[[str], Path]]], list[Path]],
     heads: Sequence[nn.Module] = (),
 ) -> None:
     """Gives layers a forward that runs compiled code if it gets as many numbers as in `run`, else their own.
@@ -246,36 +225,29 @@ def compile_one_row(
     written in place) and for the last dimension of bool inputs (masks); other shapes, and dtypes, stay as in `run`.
     Heads are linear modules without bias. They return float32, without a rounding to their own dtype.
 
-    Code is kept in `folder` (None: `kept.open_folder` says where), named by a digest of `key` (say what it depends on
-    beside shapes and the modules' source files), and compiled if it is not there or not to be trusted (`Kept.find`).
-    Every rank of a process group calls this; rank 0 compiles.
-
-    Raises OSError if the folder cannot be written or others may write there, or nothing can be compiled (`check`),
-    ValueError for ranks over gloo, and what the compiler raises.
+    `find_or_make({name: make})` returns a file of code for each name; make(folder) compiles it there. A name has a
+    digest of everything that its code depends on: shapes, the modules' source files, this machine and `key`, which
+    stands for the rest. Raises OSError if nothing can be compiled (`check`), and what find_or_make raises.
     """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        raise ValueError("compiled code would wait for gloo forever, it holds Python's lock: use cpu.shared_memory")
-    first, recorded = layers[0], []
+    first = layers[0]
+    recorded = []
     hook = first.register_forward_pre_hook(lambda module, inputs: recorded.append(inputs))
     with torch.no_grad():
         run()
     hook.remove()
 
     arguments, any_length = example_arguments(first, recorded[0])
-    layer = Kept(code_name(first, arguments, key), folder)
-    library = Kept(named("products", [Path(products.__file__), products.SOURCE]), folder)
-    both = (layer, partial(compile_module, first, arguments, any_length)), (library, products.compile_products)
-    jobs = [(kept, compile_to) for kept, compile_to in both if kept.find() is None]
-    if jobs and (not dist.is_initialized() or dist.get_rank() == 0):
-        check()
-        with tempfile.TemporaryDirectory(dir=open_folder(folder)) as scratch:
-            fork(partial(compile_file, jobs, scratch), len(jobs), name="compiler")
-    if dist.is_initialized():
-        dist.barrier()
-
-    product = products.load(library.find())  # before the code that calls it
+    layer_name = code_name(first, arguments, key)
+    library_name = named("products", [Path(products.__file__), products.SOURCE])
+    layer_file, library = find_or_make(
+        {
+            layer_name: partial(compile_module, first, arguments, any_length),
+            library_name: compile_library,
+        }
+    )
+    product = products.load(library)  # before the code that calls it
     # the class beneath torch._inductor.aoti_load_package, which would import the compiler: 2 s and 120 MB
-    code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(layer.find()), 1).run
+    code = torch._C._aoti.AOTIModelContainerRunnerCpu(str(layer_file), 1).run
     for module in layers:
         state = [*module.parameters(), *module.buffers()]
         module.forward = partial(layer_forward, code, state, recorded[0][0], module.forward)

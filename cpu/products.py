@@ -52,7 +52,8 @@ def compiler() -> str:
 
 def compile_products(scratch: str) -> Path:
     """The library, in a folder. Raises what `subprocess.run` raises."""
-    home, made = Path(torch.__file__).parent, Path(scratch, "products.so")
+    home = Path(torch.__file__).parent
+    made = Path(scratch, "products.so")
     torchs = "-I", home / "include", "-L", home / "lib", "-ltorch_cpu"
     subprocess.run([compiler(), *FLAGS, "-o", made, SOURCE, *torchs], check=True)
     return made
@@ -64,12 +65,14 @@ def load(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     Returns the product: x [...,E], weight [N,E] of one dtype in DTYPES -> float32 [...,N].
     """
     function = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL).few_rows_linear
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    pointer = ctypes.c_void_p
+    size = ctypes.c_int64
     function.argtypes = pointer, pointer, pointer, size, size, size, ctypes.c_int32
     function.restype = None
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        x, y = x.contiguous(), like_few_rows_linear(x, weight)
+        x = x.contiguous()
+        y = like_few_rows_linear(x, weight)
         N, E = weight.shape
         function(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // E, E, N, DTYPES[x.dtype])
         return y
@@ -104,6 +107,7 @@ def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def many_rows() -> TorchFunctionMode | nullcontext:
     """For modules that get many rows: a context in which their products are fast. It changes what an x86 computes that
     has no instructions for bfloat16, or is told by ATEN_CPU_CAPABILITY to leave them."""
-    capabilities, used = torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability()
+    capabilities = torch.cpu.get_capabilities()
+    used = torch.backends.cpu.get_cpu_capability()
     lacks = capabilities.get("architecture") == "x86_64" and not (capabilities["avx512_bf16"] and "AVX512" in used)
     return InFloat32() if lacks else nullcontext()

@@ -3,7 +3,7 @@ on a machine without transformers, and where it begins.
 
     python -m tests.frozen    # remakes tests/frozen.json; takes its numbers from HF alone
 
-Each line of the file is a family of `conftest.FAMILIES` in a dtype: the ids of a greedy search, and of each place of
+Each line of the file is a family of `helpers.FAMILIES` in a dtype: the ids of a greedy search, and of each place of
 `tools.audit`, in prefill and in decoding,
 
 - the distance of HF in this dtype from HF in the next wider one: the largest difference of two numbers, relative to
@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import conftest
-from convert_weights import expected_shapes, llama_config, read_config
-from tools.judge import MODULES, layer_and_kind, place_names
-from tools.oracle import EXACT, OPTIONAL, load_hf, run_hf
+from checkpoint.config import expected_shapes, llama_config, read_config
+from tests import helpers
+from tools.audit.judge import MODULES, layer_and_kind, place_names
+from tools.audit.oracle import EXACT, OPTIONAL, load_hf, run_hf
 
 FILE = Path(__file__).with_suffix(".json")
 FAMILIES = ("llama-2", "llama-3", "llama-3.1", "llama-3.2", "smollm2", "granite-code", "head_dim", "odd sizes")
@@ -54,7 +54,7 @@ def random_checkpoint(raw: dict, folder: Path, seed: int = 0) -> Path:
 
 def family_checkpoint(family: str, folder: Path, **changes: object) -> Path:
     """That of a family; its seed is its name's."""
-    raw = conftest.TINY | conftest.FAMILIES[family] | {"model_type": "llama", "dtype": "float32"} | changes
+    raw = helpers.TINY | helpers.FAMILIES[family] | {"model_type": "llama", "dtype": "float32"} | changes
     return random_checkpoint(raw, folder, seed=sum(map(ord, family)))
 
 
@@ -63,7 +63,7 @@ def family_checkpoint(family: str, folder: Path, **changes: object) -> Path:
 
 def walk(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
     """Place, phase and tensor [P,...] of a capture, or of HF, in the order of the data."""
-    for place, name in place_names(conftest.TINY["num_hidden_layers"]).items():
+    for place, name in place_names(helpers.TINY["num_hidden_layers"]).items():
         if layer_and_kind(place)[1] not in OPTIONAL:
             for phase, part in PHASES.items():
                 yield place, phase, tensors[name][part]

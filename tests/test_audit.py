@@ -19,24 +19,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, command, hf_model
-from llama_neuron import UsageError, run_command, shard_heads
+from checkpoint.output import replacing, write_tensors
+from checkpoint.seal import seal_of
+from launch.command import run_command
+from llama_neuron import UsageError, shard_heads
+from tests.helpers import ROOT, command, hf_model
 from tests.test_captured import PROMPTS as CAPTURED_PROMPTS
 from tests.test_captured import generated, hf_tensors, nxdi_folder, nxdi_modules, vllm_folder
-from tools.audit import as_json, audit, main, parse_args, table
-from tools.logit_rules import first_other_token, kl_divergence, nxdi_logit_matching, vllm_neuron_verdict
-from tools.oracle import load_hf, run_hf
-from tools.output import replacing, write_tensors
+from tools.audit.command import as_json, audit, main, parse_args, table
+from tools.audit.logit_rules import first_other_token, kl_divergence, nxdi_logit_matching, vllm_neuron_verdict
+from tools.audit.oracle import load_hf, run_hf
 
 NEW = 6
-MODULES = ("llama_neuron", "tools.hf_files", "tools.output", "convert_weights", "tools.capture")
+SUBJECT = re.compile(r"llama_neuron|convert_weights|tools\.capture|(checkpoint|launch)(\..*)?")  # its modules
 Edits = tuple[tuple[str, str], ...]  # of llama_neuron.py or convert_weights.py: what stands there, and what instead
 
 
 @contextmanager
 def planted(edits: Edits) -> Iterator[None]:
     """The subject's modules are copies with these edits."""
-    saved = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    saved = {name: module for name, module in sys.modules.items() if SUBJECT.fullmatch(name)}
+    for name in saved:
+        del sys.modules[name]
     sources = {name: (ROOT / f"{name}.py").read_text() for name in ("llama_neuron", "convert_weights")}
     try:
         for old, new in edits:
@@ -49,8 +53,8 @@ def planted(edits: Edits) -> Iterator[None]:
             exec(compile(source, module.__file__, "exec"), module.__dict__)
         yield
     finally:
-        for name in MODULES:
-            sys.modules.pop(name, None)
+        for name in [*filter(SUBJECT.fullmatch, sys.modules)]:
+            del sys.modules[name]
         sys.modules.update(saved)
 
 
@@ -142,15 +146,13 @@ def no_o_proj_bias(ranks: list[dict]) -> None:
                 x.zero_()
 
 
-NORM = """        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)"""
-NORM_16 = """        x = hidden_states
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x"""
-WEIGHTS = "    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)\n"
-WEIGHTS_16 = """    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    weights = weights / weights.sum(-1, keepdim=True)
+NORM = "        hidden_states = hidden_states.to(torch.float32)\n"
+WEIGHTS = "    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)\n"
+WEIGHTS_16 = """    attn_weights = torch.exp(attn_weights - attn_weights.amax(-1, keepdim=True))
+    attn_weights = attn_weights / attn_weights.sum(-1, keepdim=True)
+"""
+WEIGHTS_NAN = f"""    overflows = attn_weights <= -3e38
+{WEIGHTS}    attn_weights = torch.where(overflows, torch.nan, attn_weights)
 """
 MASK = "mask = slots <= position_ids[..., None]"
 FREQS = "freqs = position_ids[..., None].float() * self.inv_freq  # B T D/2"
@@ -159,7 +161,7 @@ WRITE = """        self.k[row, :, position_ids] = k.transpose(1, 2)
         self.v[row, :, position_ids] = v.transpose(1, 2)
 """
 ROWS = "        ids = torch.tensor([(row + [0] * stop)[start:stop] for row in rows])  # B T"
-CONVERTED = "        key = [head // group for head in range(num_heads)] + padding\n"
+CONVERTED = "        kv_heads = [*(head // group for head in range(num_heads)), *padding]\n"
 
 DEFECTS = [
     # fixed upstream at some time
@@ -167,21 +169,21 @@ DEFECTS = [
         "KV heads are tiled where heads are converted to MHA",
         r"layers\.0\.heads",
         "tiled|other KV heads",
-        ((CONVERTED, "        key = [head % num_kv_heads for head in range(num_heads)] + padding\n"),),
+        ((CONVERTED, "        kv_heads = [*(head % num_kv_heads for head in range(num_heads)), *padding]\n"),),
         family="smollm2",
     ),
     Defect(
         "K and V are cropped where heads are converted to MHA",
         r"layers\.0\.(k|v|heads)",
         "other KV heads.*zeros",
-        ((CONVERTED, "        key = [*range(num_kv_heads)] + [None] * (len(query) - num_kv_heads)\n"),),
+        ((CONVERTED, "        kv_heads = [*range(num_kv_heads)] + [None] * (len(query_heads) - num_kv_heads)\n"),),
         family="smollm2",
     ),
     Defect(
         "padded columns of lm_head are not masked",
         "logits",
         "padding is not masked",
-        (("torch.where(inside, logits, -1e9).max(dim=-1)", "logits.max(dim=-1)"),),
+        (("torch.where(is_real, logits, -1e9).max(dim=-1)", "logits.max(dim=-1)"),),
         family="negative logits",
     ),
     Defect(
@@ -218,13 +220,11 @@ DEFECTS = [
         r"layers\.0\.heads",
         "NaN",
         (
-            ("hidden = max(-1e9, torch.finfo(q.dtype).min / 2)", "hidden = torch.finfo(q.dtype).min"),
-            (WEIGHTS, WEIGHTS + "    weights = torch.where(scores <= -3e38, torch.nan, weights)\n"),
+            ("hidden = max(-1e9, torch.finfo(query.dtype).min / 2)", "hidden = torch.finfo(query.dtype).min"),
+            (WEIGHTS, WEIGHTS_NAN),
         ),
     ),
-    Defect(
-        "RMSNorm in bfloat16", r"layers\.\d\.(q|k|v|mlp)|final_norm", "RMSNorm in bfloat16", ((NORM, NORM_16),), tp=1
-    ),
+    Defect("RMSNorm in bfloat16", r"layers\.\d\.(q|k|v|mlp)|final_norm", "RMSNorm in bfloat16", ((NORM, ""),), tp=1),
     Defect(
         "softmax in bfloat16",
         r"layers\.\d\.heads",
@@ -268,14 +268,14 @@ DEFECTS = [
         "tiled",
         (
             (
-                "scores = torch.matmul(q.reshape(B, K, -1, D), k.transpose(2, 3)) * scaling",
-                "H = q.shape[1]\n    q = q.unflatten(1, (-1, K)).transpose(1, 2).flatten(1, 2)\n"
-                "    scores = torch.matmul(q.reshape(B, K, -1, D), k.transpose(2, 3)) * scaling",
+                "    query = query.reshape(B, K, -1, D)",
+                "    query = query.unflatten(1, (-1, K)).transpose(1, 2).flatten(1, 2)\n"
+                "    query = query.reshape(B, K, -1, D)",
             ),
             (
-                "    return torch.matmul(weights.view(B, K, -1, S), v).view(q.shape)\n",
-                "    y = torch.matmul(weights.view(B, K, -1, S), v).view(q.shape)\n"
-                "    return y.unflatten(1, (K, -1)).transpose(1, 2).flatten(1, 2)\n",
+                "    return attn_output.view(B, H, T, D)\n",
+                "    attn_output = attn_output.view(B, H, T, D)\n"
+                "    return attn_output.unflatten(1, (K, -1)).transpose(1, 2).flatten(1, 2)\n",
             ),
         ),
         tp=1,
@@ -307,7 +307,7 @@ DEFECTS = [
         "a bias is added once per rank",
         r"layers\.0\.attention",
         "bias of self_attn.o_proj is added 2 times",
-        ((ROW_BIAS, "        return y if self.bias is None else y + tp_size() * self.bias"),),
+        ((ROW_BIAS, "        return y if self.bias is None else y + get_tensor_model_parallel_size() * self.bias"),),
         family="granite-code",
     ),
     Defect("one rank's shard is stale", r"layers\.1\.q", "another weight|revision", change=stale_shard),
@@ -324,7 +324,7 @@ DEFECTS = [
         "the scaling of scores is applied twice",
         r"layers\.0\.heads",
         "scores are scaled by 0.125",
-        (("parts.attention, D**-0.5", "parts.attention, 1 / D"),),
+        (("self.scaling = self.head_dim**-0.5", "self.scaling = 1 / self.head_dim"),),
     ),
     Defect(
         "the all-reduce after attention is missing",
@@ -338,26 +338,32 @@ DEFECTS = [
         "takes neighbours",
         (
             (
-                "    x1, x2 = x.chunk(2, dim=-1)\n    return torch.cat((-x2, x1), dim=-1)",
-                "    x1, x2 = x[..., ::2], x[..., 1::2]\n    return torch.stack((-x2, x1), dim=-1).flatten(-2)",
+                "    x1 = x[..., : x.shape[-1] // 2]\n    x2 = x[..., x.shape[-1] // 2 :]\n",
+                "    x1 = x[..., ::2]\n    x2 = x[..., 1::2]\n",
             ),
+            ("    return torch.cat((-x2, x1), dim=-1)", "    return torch.stack((-x2, x1), dim=-1).flatten(-2)"),
         ),
     ),
     Defect(
         "the norm's weight is 1 + weight",
         r"layers\.0\.q",
         "1 \\+ weight",
-        (("return self.weight * x.to(hidden_states.dtype)", "return (1 + self.weight) * x.to(hidden_states.dtype)"),),
+        (
+            (
+                "return self.weight * hidden_states.to(input_dtype)",
+                "return (1 + self.weight) * hidden_states.to(input_dtype)",
+            ),
+        ),
     ),
     Defect(
         "the MLP's residual is the layer's input",
         r"layers\.0\.residual",
         "attention's output is not added",
         (
-            ("        return residual + self.mlp(hidden_states)", "        return hidden0 + self.mlp(hidden_states)"),
+            ("        return residual + hidden_states\n", "        return layer_input + hidden_states\n"),
             (
                 "        residual = hidden_states\n        hidden_states = self.input",
-                "        residual = hidden0 = hidden_states\n        hidden_states = self.input",
+                "        residual = layer_input = hidden_states\n        hidden_states = self.input",
             ),
         ),
     ),
@@ -367,7 +373,7 @@ DEFECTS = [
         "not written yet",
         (
             (MASK, "mask = slots <= position_ids[..., None] + int(position_ids.shape[1] == 1)"),
-            ("length=int(ends.max()) + 1)", "length=int(ends.max()) + 2)"),
+            ("kv_length = int(next_position.max()) + 1", "kv_length = int(next_position.max()) + 2"),
         ),
         dtype="float32",
         step=1,
@@ -421,11 +427,10 @@ def subject(hf_checkpoint: Callable, converted: Callable, on_ranks: Callable, tm
             for file in files:
                 ranks.append({name: x.clone() for name, x in load_file(file).items()})
             defect.change(ranks)
-            settings = (ckpt / "neuron_config.json").read_text()
-            for rank, (path, tensors, facts) in enumerate(zip(files, ranks, metadata, strict=True)):
+            for path, tensors, facts in zip(files, ranks, metadata, strict=True):
                 wide_first = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
                 with replacing(path) as file:
-                    write_tensors(file, wide_first, len(tensors), facts, sealed=f"{settings}{rank}")
+                    write_tensors(file, wide_first, len(tensors), facts, seal_of)
         prompts, forced = zip(*hf_texts(defect.family, defect.dtype, defect.prompts), strict=True)
         out = folder / "capture.safetensors"
         on_ranks(defect.tp, run_subject, defect.edits, ckpt, list(prompts), list(forced), out)
@@ -547,23 +552,9 @@ def test_the_command_audits_a_conversion_on_two_ranks(
 ) -> None:
     hf, ckpt = hf_checkpoint("llama-3"), converted("llama-3", 2, dtype="bfloat16")
     page, chart = tmp_path / "audit.html", tmp_path / "audit.png"
-    ran = command(
-        *(
-            "-m",
-            "tools.audit",
-            "--hf",
-            hf,
-            "--ckpt",
-            ckpt,
-            "--tp",
-            2,
-            "--device",
-            "cpu",
-            "--prompt-ids",
-            "5,11,2,60,33",
-        ),
-        *("--prompt-ids", "7,1,40", "--new", 4, "--html", page, "--plot", chart),
-    )
+    words = ["--hf", hf, "--ckpt", ckpt, "--tp", 2, "--device", "cpu"]
+    words += ["--prompt-ids", "5,11,2,60,33", "--prompt-ids", "7,1,40", "--new", 4]
+    ran = command("-m", "tools.audit", *words, "--html", page, "--plot", chart)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert lines[-1].startswith("passed: rounds as Hugging Face does at 24 places")
@@ -600,7 +591,7 @@ def test_smollm2_is_bitwise_equal_on_one_rank_and_rounds_as_hf_does_on_two(
 MISTAKES = {
     "no subject": ([], "one of the arguments --ckpt --captured is required"),
     "no capture": (["--captured", "nowhere"], "nowhere is no capture"),
-    "no conversion": (["--ckpt", "nowhere"], "--ckpt nowhere is no finished conversion"),
+    "no conversion": (["--ckpt", "nowhere"], "--ckpt nowhere: it is not a complete conversion"),
     "no number": (["--captured", "nowhere", "--bound", "mlp"], "'mlp' is not REGEX=NUMBER"),
     "no expression": (["--captured", "nowhere", "--bound", "(=1"], "'(=1' is not REGEX=NUMBER"),
 }

@@ -1,4 +1,4 @@
-"""The page and the picture of `tools.audit_page`, of reports that are made up here, in headless Chromium."""
+"""The page and the picture of `tools.audit.page`, of reports that are made up here, in headless Chromium."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Browser
-from tools.audit_page import page, plot
+from tools.audit.page import page, plot
 
 KINDS = ("q", "k", "v", "heads", "attention", "mlp", "residual")
 FOREIGN = "<script>document.title = 'broken in'</script> & \"co\" </script>"

@@ -13,12 +13,23 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
-from conftest import command, hf_model
-from convert_weights import expected_shapes, llama_config, read_config
-from llama_neuron import generate, load_model, run_command
-from tools.benchmark import SETTINGS, cases, draw, main, numbers_read, process_table, run_process, table, with_share
-from tools.competitors import BASELINE, COMPETITORS, Case, Files, interleaved, open_llama_cpp
-from tools.random_checkpoint import COMMON, SHAPES, make_random
+from checkpoint.config import expected_shapes, llama_config, read_config
+from launch.command import run_command
+from llama_neuron import generate, load_model
+from tests.helpers import command, hf_model
+from tools.benchmark.command import (
+    SETTINGS,
+    cases,
+    draw,
+    main,
+    numbers_read,
+    process_table,
+    run_process,
+    table,
+    with_share,
+)
+from tools.benchmark.competitors import BASELINE, COMPETITORS, Case, Files, interleaved, open_llama_cpp
+from tools.benchmark.random_checkpoint import COMMON, SHAPES, make_random
 
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # kB
 

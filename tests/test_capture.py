@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import command, hf_model
 from convert_weights import convert
-from llama_neuron import Parts, UsageError, load_model, shard_path
+from llama_neuron import UsageError, backend_for, load_model, shard_path
+from tests.helpers import command, hf_model
+from tools.audit.oracle import OPTIONAL, run_hf
 from tools.capture import CaptureModel, capture, main
-from tools.oracle import OPTIONAL, run_hf
 
 PROMPTS, NEW_TOKENS = [[5, 11, 2, 60, 33, 47, 3], [7, 1, 40]], 5
 # heads/KV heads 8/2, 9/3, 6/3 (with biases, and sizes that tp does not divide), 6/2 (of another size), 8/1 (biases)
@@ -130,7 +131,7 @@ def test_a_captures_text_goes_on_after_eos_and_ends_with_the_prompt_if_one_token
 def test_one_graph_without_a_break_returns_all(converted: Callable) -> None:
     """As TorchNeuron compiles it: static shapes, the whole cache, and no Python between the graph's pieces."""
     ckpt = converted("odd sizes", sequence_length=32)
-    model = load_model(ckpt, parts=Parts.of_device("neuron"), model_class=CaptureModel)
+    model = load_model(ckpt, backend=backend_for("neuron"), model_class=CaptureModel)
     ids, positions = torch.tensor([PROMPTS[0]]).int(), torch.arange(7)[None].int()
     with torch.no_grad():
         eager = model(ids, positions, torch.zeros(1).int())
@@ -169,7 +170,7 @@ def test_the_command_writes_the_tensors_of_two_ranks(
     hf = hf_model(hf_checkpoint("smollm2"), torch.float32)
     assert_is_hfs(load_file(out), [hf_capture(hf, prompt, NEW_TOKENS) for prompt in PROMPTS], bound=2e-5)
     facts = safe_open(out, "pt").metadata()
-    assert facts.pop("versions").startswith(f"torch {torch.__version__}")
+    assert facts.pop("versions").startswith(f"torch {version('torch')}")
     assert facts == {"dtype": "float32", "tp": "2", "device": "cpu", "prompt_tokens": "[7, 3]"}
     assert list(tmp_path.iterdir()) == [out]
 
@@ -191,7 +192,7 @@ def test_the_command_refuses_what_is_not_there_in_one_line(tmp_path: Path) -> No
     done = command("-m", "tools.capture", "--ckpt", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"capture.py: error: --ckpt {tmp_path / 'none'} is no finished conversion")
+    assert line.startswith(f"capture.py: error: --ckpt {tmp_path / 'none'}: it is not a complete conversion")
 
 
 MISTAKES = {

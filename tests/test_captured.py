@@ -1,4 +1,4 @@
-"""tools.captured: folders as NxDI and vLLM Neuron write them, made from HF's modules, become HF's tensors again."""
+"""tools.audit.captured: folders as NxDI and vLLM Neuron write them, made from HF's modules, give HF's tensors again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from conftest import hf_model
-from convert_weights import llama_config, read_config
+from checkpoint.config import llama_config, read_config
 from llama_neuron import LlamaConfig, UsageError
-from tools.captured import Captured, read_captured
-from tools.oracle import run_hf
+from tests.helpers import hf_model
+from tools.audit.captured import Captured, read_captured
+from tools.audit.oracle import run_hf
 
 PROMPTS, NEW_TOKENS, BUCKET = [[5, 11, 2, 60, 33, 47, 3], [7, 1, 40]], 4, 16
 ENDS = [len(prompt) + NEW_TOKENS - 1 for prompt in PROMPTS]

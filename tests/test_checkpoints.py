@@ -22,9 +22,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import checkpoint.files
+import checkpoint.tensors
 import convert_weights
 import llama_neuron
-from conftest import command, hf_model
+from launch.command import run_command
+from tests.helpers import command, hf_model
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -99,7 +102,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         capsys.readouterr()  # what transformers may have said before
         code = 0
         try:
-            llama_neuron.run_command(mains[script])
+            run_command(mains[script])
         except SystemExit as stop:
             code = stop.code
         return Ran(code, *capsys.readouterr())
@@ -317,7 +320,7 @@ def test_llama3_frequencies_have_the_bits_of_hf_s(tmp_path, factor):
             theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_pretrained(tmp_path))
             config = convert_weights.llama_config(convert_weights.read_config(tmp_path))
             neuron = llama_neuron.NeuronConfig(sequence_length=1)
-            ours = llama_neuron.LlamaForCausalLM(config, neuron, llama_neuron.Parts()).model.rotary_emb
+            ours = llama_neuron.LlamaForCausalLM(config, neuron, llama_neuron.REFERENCE).model.rotary_emb
             assert torch.equal(ours.inv_freq, theirs.inv_freq), (original, low, high)
 
 
@@ -495,6 +498,67 @@ def test_the_largest_numbers_of_a_dtype_and_the_padding_of_biases_are_finite(wri
     shard = load_file("out/tp4_sharded_checkpoint.safetensors")
     assert shard["model.layers.0.mlp.gate_proj.bias"][-1] == torch.finfo(BFLOAT16).min
     assert all(tensor.isfinite().all() for tensor in shard.values())
+
+
+# ---- a config.json that was edited after the conversion
+
+
+def edit(folder: str, **changes: object) -> None:
+    file = Path(folder, "config.json")
+    write_json(file, json.loads(file.read_text()) | changes)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+THETA = {"rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"rms_norm_eps": 0.1}, {"rms_norm_eps": 0.1}),
+        ({"hidden_act": "relu"}, {"hidden_act": "relu"}),
+        ({"rope_parameters": THETA | {"rope_type": "default"}} | THETA, THETA),
+        ({"rope_parameters": LINEAR | {"rope_theta": 10000.0}, "rope_scaling": LINEAR}, {"rope_scaling": LINEAR}),
+    ],
+    ids=["rms_norm_eps", "hidden_act", "theta", "rope_type"],
+)
+def test_an_edited_config_is_said_and_gives_the_logits_of_hf_with_the_same_edit(write, convert, run, ours, theirs):
+    hf = write()
+    convert("--dtype", "float32")
+    before = our_logits()
+    edit("out", **ours)
+    ran = run(llama_neuron, "--ckpt", "out", "--device", "cpu", "--prompt-ids", comma(IDS), "--max-new-tokens", 1)
+    assert ran.code == 0
+    assert ran.err.splitlines()[0] == "llama_neuron.py: edited after the conversion, and used: config.json"
+    edit("hf", **theirs)
+    assert_close(our_logits(), hf_logits(hf))
+    assert (our_logits() - before).abs().max() > 1e-2 * before.abs().max()
+
+
+@pytest.mark.parametrize("changes", [THETA, {"rope_scaling": LINEAR}, {"rope_parameters": LINEAR | THETA}], ids=str)
+def test_an_edit_of_one_of_the_rope_keys_alone_is_refused(write, convert, run, changes):
+    write()
+    convert("--dtype", "float32")
+    edit("out", **changes)
+    ran = run(llama_neuron, "--ckpt", "out", "--device", "cpu", "--prompt-ids", "7", "--max-new-tokens", 1)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "out/config.json: rope_parameters, rope_scaling and rope_theta contradict each other: edit all" in ran.err
+
+
+@pytest.mark.parametrize("source", [old(500.0, **YARN), old(500.0, **LONGROPE), old(500.0, type="dynamic", factor=2.0)])
+def test_stored_frequencies_are_compared_with_an_edited_config(write, convert, run, source):
+    write(**source)
+    convert("--dtype", "float32", "--sequence-length", 16)
+    edit("out", rms_norm_eps=0.1)
+    flags = ("--ckpt", "out", "--device", "cpu", "--prompt-ids", "7", "--max-new-tokens", 1)
+    assert run(llama_neuron, *flags).code == 0  # and so a completed config gives the same frequencies again
+    rope = json.loads(Path("out/config.json").read_text())["rope_parameters"] | {"rope_theta": 1000.0}
+    edit("out", rope_parameters=rope)
+    ran = run(llama_neuron, *flags)
+    assert ran.code == 2 and "rope_parameters, rope_scaling and rope_theta contradict each other" in ran.err
+    edit("out", rope_theta=1000.0)
+    ran = run(llama_neuron, *flags)
+    assert ran.code == 2 and "rotary frequencies are not those of config.json's rope_parameters" in ran.err
 
 
 # ---- tensors
@@ -810,6 +874,31 @@ def test_nothing_of_a_checkpoint_is_executed_to_read_its_tokenizer(write, conver
     convert("--dtype", "float32")
     expected = Tokenizer.from_file("hf/tokenizer.json").encode(TEXT).ids
     assert answer("--prompt", TEXT, "--max-new-tokens", 1)["prompt_ids"] == expected
+
+
+def test_every_file_that_is_opened_for_a_tokenizer_is_checked_first(write, convert, monkeypatch):
+    """Each might be a FIFO, or never end. transformers decides which it opens; a hook of Python sees them."""
+    hf = write()
+    with_tokenizer(hf, byte_level(), special_tokens_map={}, added_tokens={}, vocab={}, tekken={}, trace={})
+    for name in ("merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "notes.txt"):
+        (hf / name).parent.mkdir(exist_ok=True)
+        (hf / name).write_text("")
+    checked, opened = set(), []
+
+    def check(path: Path) -> None:
+        checked.add(path.resolve())
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith("hf/"):
+            opened.append((Path(arguments[0]).resolve(), set(checked)))
+
+    monkeypatch.setattr(checkpoint.files, "check_file", check)
+    monkeypatch.setattr(checkpoint.tensors, "check_file", check)
+    sys.addaudithook(hook)  # which stays, and is silent elsewhere: other tests have another working directory
+    convert("--dtype", "float32")
+    assert {"tokenizer_config.json", "chat_template.jinja", "config.json"} <= {path.name for path, _ in opened}
+    assert [path for path, before in opened if path not in before] == []
+    assert {hf.resolve() / "notes.txt", hf.resolve() / "trace.json"} & checked == set()
 
 
 def test_a_broken_tokenizer_json_is_refused(write, refuse):

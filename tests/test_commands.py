@@ -31,18 +31,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
-from conftest import ROOT, hf_greedy, hf_model
+from tests.helpers import ROOT, hf_greedy, hf_model
 
 LLAMA, CONVERT = "llama_neuron.py", "convert_weights.py"
 
-WORDS = ["<unk>", "The", "capital", "of", "France", "is", *(f"w{number}" for number in range(6, 96))]
-BUILT_IN = [1, 2, 3, 4, 5]  # the sentence for those who give none
+WORDS = ["<unk>", "Photosynthesis", "is", "the", "process", "by", "which", *(f"w{number}" for number in range(7, 96))]
+BUILT_IN = [1, 2, 3, 4, 5, 6]  # the sentence for those who give none
 SHORT, MIDDLE, LONG = [7, 8], [40, 41, 42, 43], [21, 22, 23, 24, 33, 26, 27, 28, 29]
 EOS = [11, 10]  # of generation_config.json: one ends SHORT, the other MIDDLE; LONG goes on
 CONFIG_EOS = 4  # of config.json, which counts only if there is no generation_config.json: both have it in their middle
 
-# neuron_config.json if no flag says otherwise
-SETTINGS = {"tp_degree": 1, "batch_size": 1, "sequence_length": 256, "torch_dtype": "float32", "fused_qkv": True}
+# neuron_config.json if no flag says otherwise; `fused_qkv` is for other readers
+SETTINGS = {"tp_degree": 1, "batch_size": 1, "sequence_length": 256, "torch_dtype": "float32"}
 SETTINGS |= {"vocab_parallel": False, "context_encoding_buckets": None, "prefill_chunk_size": None}
 TIMINGS = ["load_s", "compile_s", "prefill_s", "prefill_tokens", "decode_s", "decode_tokens", "decode_tokens_per_s"]
 TIMINGS += ["weight_gb_per_s", "peak_rss_bytes"]
@@ -387,16 +387,60 @@ def test_torchrun_starts_the_ranks_and_only_the_first_reads_its_input_and_prints
     assert answer["config"]["tp_degree"] == 2
 
 
-def test_the_file_alone_in_a_folder_runs_on_two_ranks_and_refuses_a_damaged_shard_in_one_line(monkeypatch, hf_ids):
-    shutil.copytree("weights2", "alone/weights")
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with llama_neuron.py and nothing else of this project, and two conversions."""
+    for name in ("weights1", "weights2"):
+        shutil.copytree(name, f"alone/{name}")
     shutil.copy(ROOT / LLAMA, "alone")
     monkeypatch.chdir("alone")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    ran = run_process(LLAMA, "--ckpt", "./weights", "--tp", 2)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_file_alone_in_a_folder_gives_the_ids_of_hf(alone, hf_ids, tp):
+    ran = run_process(LLAMA, "--ckpt", f"./weights{tp}", "--tp", tp)
     assert (ran.code, ran.out) == (0, words(BUILT_IN + hf_ids(BUILT_IN, 64)) + "\n"), ran.err
-    damaged = Path("weights", shards(2)[1])
+
+
+@pytest.mark.parametrize("flag", ["--json", "--compile"])
+def test_the_file_alone_refuses_what_the_folders_do(alone, flag):
+    assert_refused(run_process(LLAMA, "--ckpt", "weights1", flag), LLAMA, "--json and --compile need", "launch/")
+
+
+def test_the_file_alone_refuses_a_damaged_shard_by_name(alone):
+    damaged = Path("weights1", shards(1)[0])
     os.truncate(damaged, 1000)
-    assert_refused(run_process(LLAMA, "--ckpt", "./weights", "--tp", 2), LLAMA, str(damaged), "convert again")
+    assert_refused(run_process(LLAMA, "--ckpt", "./weights1"), LLAMA, str(damaged), "convert again")
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that others have put on sys.path under the names of our folders."""
+    for name in ("checkpoint", "cpu", "launch", "tests", "tools"):
+        package = Path("foreign", name)
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('foreign code was imported')\n")
+    monkeypatch.setenv("PYTHONPATH", str(Path("foreign").resolve()))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_foreign_packages_with_the_names_of_our_folders_do_not_break_the_file_alone(foreign, hf_ids, tp):
+    shutil.copytree(f"weights{tp}", "alone/weights")
+    shutil.copy(ROOT / LLAMA, "alone")
+    ran = run_process("alone/llama_neuron.py", "--ckpt", "alone/weights", "--tp", tp)
+    assert (ran.code, ran.out) == (0, words(BUILT_IN + hf_ids(BUILT_IN, 64)) + "\n"), ran.err
+
+
+def test_foreign_packages_with_the_names_of_our_folders_do_not_break_the_commands(foreign, monkeypatch, hf_ids):
+    here = Path().resolve()
+    assert run_process(ROOT / CONVERT, "--hf", "hf", "--out", "out", "--tp", 2) == (0, "", "")
+    flags = (ROOT / LLAMA, "--ckpt", "out", *by_ids(MIDDLE), "--json")
+    for launcher in ((), ("-m", "torch.distributed.run", "--nproc-per-node", 2)):
+        assert new_ids(result(run_process(*launcher, *flags))) == [hf_ids(MIDDLE, 64)]
+    monkeypatch.chdir(ROOT)  # as `python -m tools.NAME` is called
+    verified = run_process("-m", "tools.verify", here / "out")
+    assert verified.code == 0 and "2 of 2 shards" in verified.out, verified.err
 
 
 # ---- convert_weights.py
@@ -419,7 +463,7 @@ def test_the_converter_writes_shards_config_and_tokenizer_and_prints_nothing():
     assert Path("new/out/generation_config.json").read_bytes() == Path("hf/generation_config.json").read_bytes()
     assert_shards_of_weights2("new/out")
     ran = run_process(ROOT / CONVERT, "--hf", "new/out", "--out", "out", "--tp", 2)
-    assert_refused(ran, CONVERT, "--hf new/out is converted already")
+    assert_refused(ran, CONVERT, "--hf new/out is already a conversion")
 
 
 @pytest.mark.parametrize(
@@ -439,7 +483,7 @@ def test_the_converter_writes_shards_config_and_tokenizer_and_prints_nothing():
 def test_flags_of_the_converter_are_settings_that_keep_the_ids_of_hf(ask, convert, hf_ids, flags, settings):
     convert(1, *flags)
     written = json.loads(Path("out/neuron_config.json").read_text())
-    assert written | SETTINGS | settings == written
+    assert written | SETTINGS | {"fused_qkv": True} | settings == written
     prompts = [SHORT, LONG, MIDDLE, LONG + SHORT]
     assert new_ids(ask("out", prompts, "--max-new-tokens", 3)) == [hf_ids(prompt, 3) for prompt in prompts]
 
@@ -512,8 +556,8 @@ def assert_gone(run: Callable[..., Ran]) -> None:
     """weights2 was complete until it was converted again."""
     assert listing("weights2") == {".conversion"}
     ran = run(LLAMA, "--ckpt", "weights2")
-    assert_refused(ran, LLAMA, "--ckpt weights2", "no finished conversion", "convert again")
-    assert_refused(run(CONVERT, "--hf", "weights2", "--out", "out", "--tp", 1), CONVERT, "--hf weights2 is converted")
+    assert_refused(ran, LLAMA, "--ckpt weights2", "not a complete conversion", "convert again")
+    assert_refused(run(CONVERT, "--hf", "weights2", "--out", "out", "--tp", 1), CONVERT, "--hf weights2 is already")
 
 
 @pytest.mark.parametrize(
@@ -593,11 +637,11 @@ CONFIG_FAULTS = [
     fault("no config.json", shell("rm config.json"), "hf/config.json not found", "directory that holds a Llama"),
     fault("no JSON", shell("echo { > config.json"), "hf/config.json cannot be read as JSON"),
     fault("no text", shell(r"printf '\377' > config.json"), "hf/config.json cannot be read as JSON"),
-    fault("no object", shell("echo [] > config.json"), "hf/config.json holds no JSON object"),
+    fault("no object", shell("echo [] > config.json"), "hf/config.json does not hold a JSON object"),
     *(fault(f"no {key}", config(drop=key), "hf/config.json", key) for key in SIZES),
     wrong_key("model_type", "mllama", "'mllama'", "'llama'"),
     wrong_key("quantization_config", {"quant_method": "awq"}, "dequantize it first"),
-    wrong_key("hidden_act", "tanh", "'tanh'", "silu, swish, gelu, relu, gelu_pytorch_tanh"),
+    wrong_key("hidden_act", "tanh", "'tanh'", "silu, swish, gelu, gelu_pytorch_tanh, relu"),
     wrong_key("hidden_act", ["silu"]),
     wrong_key("dtype", "int8", "'int8'", "bfloat16, float16, float32"),
     wrong_key("num_hidden_layers", -1, "-1"),
@@ -621,9 +665,9 @@ CONFIG_FAULTS = [
     fault("a nest", shell("python3 -c 'print(9**5 * chr(91))' > config.json"), "hf/config.json", "as JSON"),
     fault("a deep list", config(note=json.loads(40 * "[" + 40 * "]")), "hf/config.json is nested too deeply"),
     fault("a long JSON", shell("truncate -s 5G config.json"), "hf/config.json has 5,368,709,120 bytes"),
-    fault("a device", shell("rm config.json && ln -s /dev/zero config.json"), "hf/config.json is no regular file"),
-    fault("a FIFO", shell("rm config.json && mkfifo config.json"), "hf/config.json is no regular file"),
-    fault("a FIFO of templates", shell("mkfifo chat_template.jinja"), "hf/chat_template.jinja is no regular file"),
+    fault("a device", shell("rm config.json && ln -s /dev/zero config.json"), "hf/config.json is not a regular file"),
+    fault("a FIFO", shell("rm config.json && mkfifo config.json"), "hf/config.json is not a regular file"),
+    fault("a FIFO of templates", shell("mkfifo chat_template.jinja"), "hf/chat_template.jinja is not a regular file"),
     fault("a long tokenizer", shell("truncate -s 5G tokenizer.json"), "hf/tokenizer.json has 5,368,709,120 bytes"),
     fault("EOS in words", edited("generation_config.json", eos_token_id="end"), "hf/generation_config.json"),
 ]
@@ -632,7 +676,7 @@ NORM, EXTRA = "model.norm.weight", "model.layers.0.self_attn.q_norm.weight"
 INDEX, SECOND_FILE = "hf/model.safetensors.index.json", "model-00002-of-00002.safetensors"
 ABSENT = ("hf has no model.safetensors, pytorch_model.bin or index", "download it again")
 DAMAGED = ("hf/model.safetensors cannot be read", "download it")
-UNKNOWN = "hf: tensors that a Llama does not have"
+UNKNOWN = "hf: unexpected tensors"
 TENSOR_FAULTS = [
     fault("a missing tensor", with_tensors(lambda t: {NORM: t[NORM]}), "hf: missing tensors", "download it again"),
     fault("a missing layer", config(num_hidden_layers=4), "model.layers.3.input_layernorm.weight"),
@@ -649,14 +693,14 @@ TENSOR_FAULTS = [
     fault("a truncated file", shell("truncate -s -100 model.safetensors"), *DAMAGED),
     fault("an empty file", shell("truncate -s 0 model.safetensors"), *DAMAGED),
     fault("no weights", shell("rm model.safetensors"), *ABSENT),
-    fault("weights that are a FIFO", shell("rm model.safetensors && mkfifo model.safetensors"), "no regular file"),
+    fault("weights that are a FIFO", shell("rm model.safetensors && mkfifo model.safetensors"), "not a regular file"),
     fault("a .bin of other things", pickled(lambda t: {"state": t}), "hf/pytorch_model.bin holds no tensors by name"),
     fault("a .bin of numbers", pickled(lambda t: dict(enumerate(t.values()))), "hf/pytorch_model.bin holds no tensors"),
     fault("a .bin of a list", pickled(lambda t: [1]), "hf/pytorch_model.bin cannot be read"),
     fault("a .bin with code in it", pickled(lambda t: t | {"x": Path()}), "hf/pytorch_model.bin", "is never run"),
     fault("a .bin of one number", pickled(lambda t: t | {NORM: torch.ones(1).expand(64)}), NORM, "larger than what is"),
-    fault("a sparse .bin", pickled(lambda t: t | {NORM: torch.ones(64).to_sparse()}), NORM, "no plain tensor"),
-    fault("a .bin of shapes", pickled(lambda t: t | {NORM: torch.ones(64, device="meta")}), NORM, "no plain tensor"),
+    fault("a sparse .bin", pickled(lambda t: t | {NORM: torch.ones(64).to_sparse()}), NORM, "not a plain tensor"),
+    fault("a .bin of shapes", pickled(lambda t: t | {NORM: torch.ones(64, device="meta")}), NORM, "not a plain tensor"),
 ]
 
 
@@ -687,43 +731,166 @@ def convert_again(folder: Path) -> None:
 FIRST, SECOND = shards(2)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        fault("an edited config.json", config(rms_norm_eps=1e-5), "config.json"),
-        fault("a config.json that is no JSON", shell("echo { > config.json"), "config.json"),
-        fault("an absent config.json", shell("rm config.json"), "config.json"),
-        fault("other EOS ids", edited("generation_config.json", eos_token_id=4), "generation_config.json"),
-        fault("another tokenizer", edited("tokenizer.json", decoder=None, added_tokens=[]), "tokenizer.json"),
-        fault("an edited length", settings(sequence_length=64), "neuron_config.json"),
-        fault("a length in words", settings(sequence_length="long"), "neuron_config.json"),
-        fault("an edited tp_degree", settings(tp_degree=1), "neuron_config.json"),
-        fault("a tp_degree in words", settings(tp_degree="two"), "neuron_config.json"),
-        fault("no tp_degree", settings(drop="tp_degree"), "neuron_config.json"),
-        fault("no digests", settings(drop="sha256"), "neuron_config.json"),
-        fault("settings that are no JSON", shell("echo tp_degree: 2 > neuron_config.json"), "neuron_config.json"),
-        fault("settings that are no object", shell("echo [] > neuron_config.json"), "neuron_config.json"),
-        fault("swapped shards", shell(f"mv {FIRST} first && mv {SECOND} {FIRST} && mv first {SECOND}"), FIRST),
-        fault("a shard copied over another", shell(f"cp {FIRST} {SECOND}"), SECOND),
-        fault("a shard of another conversion", convert_again, FIRST),
-        fault("a shard of another tp degree", shell(f"cp ../weights1/{FIRST} ."), FIRST),
-        fault("a missing shard", shell(f"rm {SECOND}"), SECOND),
-        fault("a truncated shard", shell(f"truncate -s -100 {SECOND}"), SECOND),
-        fault("an empty shard", shell(f"truncate -s 0 {FIRST}"), FIRST),
-        fault("a FIFO for a config", shell("rm config.json && mkfifo config.json"), "config.json is no regular file"),
-        fault("a FIFO for a shard", shell(f"rm {SECOND} && mkfifo {SECOND}"), f"{SECOND} is no regular file"),
-        fault("a device", shell("ln -sf /dev/zero tokenizer.json"), "tokenizer.json is no regular file"),
-        fault("long settings", shell("truncate -s 5G neuron_config.json"), "neuron_config.json", "too long"),
-        fault("a long config", shell("truncate -s 5G config.json"), "config.json", "too long"),
-        fault(
-            "nested settings", shell("python3 -c 'print(9**5 * chr(91))' > neuron_config.json"), "neuron_config.json"
-        ),
-        fault("a shard without a seal", shell(f"cp ../hf/model.safetensors {SECOND}"), SECOND),
-    ],
-)
-def test_a_conversion_that_was_changed_is_refused(run, spoil, says):
+CONFIG, CONVERSION, TOKENIZER = "config.json", "neuron_config.json", "tokenizer.json"
+NEST = "python3 -c 'print(9**5 * chr(91))'"
+CONVERSION_FAULTS = [
+    fault("an eps in words", config(rms_norm_eps="abc"), CONFIG, "rms_norm_eps must be a number", "'abc'"),
+    fault("no head_dim", config(drop="head_dim"), CONFIG, "has no head_dim"),
+    fault("no eps", config(drop="rms_norm_eps"), CONFIG, "has no rms_norm_eps"),
+    fault("an EOS id that is no list", config(eos_token_id=4), CONFIG, "eos_token_id must be a list"),
+    fault("EOS in words", config(eos_token_id=["end"]), CONFIG, "eos_token_id must be a list"),
+    fault("another hidden_size", config(hidden_size=32), FIRST, "(48, 64)", "(48, 32)"),
+    fault("a layer more", config(num_hidden_layers=4), FIRST, "model.layers.3.input_layernorm.weight is 'missing'"),
+    fault("a layer less", config(num_hidden_layers=2), FIRST, "model.layers.2.input_layernorm.weight is (64,)"),
+    fault("biases", config(mlp_bias=True), FIRST, "down_proj.bias is 'missing'"),
+    fault("another number of heads", config(num_key_value_heads=4), FIRST, "Wqkv.weight"),
+    fault("another rope in one of two places", config(rope_scaling={"type": "linear", "factor": 2.0}), CONFIG, "rope_"),
+    fault("frequencies that are not there", rope("yarn", factor=2.0), CONFIG, "rope_parameters"),
+    fault("a config.json that is no JSON", shell("echo { > config.json"), CONFIG, "cannot be read as JSON"),
+    fault("an absent config.json", shell("rm config.json"), CONFIG, "is missing"),
+    fault("a tokenizer that is no JSON", shell("echo { > tokenizer.json"), TOKENIZER, "cannot be read"),
+    fault("an absent tokenizer", shell("rm tokenizer.json"), TOKENIZER, "is missing"),
+    fault("a length in words", settings(sequence_length="long"), CONVERSION, "sequence_length", "'long'"),
+    fault("buckets in words", settings(context_encoding_buckets="128"), CONVERSION, "context_encoding_buckets"),
+    fault("a bucket in words", settings(context_encoding_buckets=["128"]), CONVERSION, "context_encoding_buckets"),
+    fault("a limit in words", settings(max_sequence_length="long"), CONVERSION, "max_sequence_length"),
+    fault("a chunk that is too long", settings(prefill_chunk_size=257), CONVERSION, "prefill_chunk_size 257", "256"),
+    fault("a dtype of none", settings(torch_dtype="int8"), CONVERSION, "torch_dtype", "'int8'"),
+    fault("another dtype", settings(torch_dtype="bfloat16"), FIRST, "is of dtype F32", "asks for BF16"),
+    fault("another way to split", settings(vocab_parallel=True), FIRST, "embed_tokens"),
+    fault("an edited tp_degree", settings(tp_degree=1), FIRST, "its tp_degree is not that of neuron_config.json"),
+    fault("a tp_degree in words", settings(tp_degree="two"), CONVERSION, "tp_degree", "'two'"),
+    *(fault(f"no {key}", settings(drop=key), CONVERSION, key) for key in SETTINGS),
+    fault(
+        "no conversion_id", settings(drop="conversion_id"), FIRST, "its conversion_id is not that of neuron_config.json"
+    ),
+    fault("digests in words", settings(sha256="none"), CONVERSION, "sha256"),
+    fault("a digest of another file", settings(sha256={"../hf/config.json": ""}), CONVERSION, "sha256"),
+    fault("settings that are no JSON", shell("echo tp_degree: 2 > neuron_config.json"), CONVERSION, "as JSON"),
+    fault("settings that are no object", shell("echo [] > neuron_config.json"), CONVERSION, "does not hold"),
+    fault("nested settings", shell(f"{NEST} > neuron_config.json"), CONVERSION, "cannot be read as JSON"),
+    fault("long settings", shell("truncate -s 5G neuron_config.json"), CONVERSION, "5,368,709,120 bytes"),
+    fault("a long config", shell("truncate -s 5G config.json"), CONFIG, "5,368,709,120 bytes"),
+    fault("a FIFO for a config", shell("rm config.json && mkfifo config.json"), f"{CONFIG} is not a regular file"),
+    fault("a device", shell("ln -sf /dev/zero tokenizer.json"), f"{TOKENIZER} is not a regular file"),
+    fault("a FIFO for a shard", shell(f"rm {SECOND} && mkfifo {SECOND}"), f"{SECOND} is not a regular file"),
+    fault("swapped shards", shell(f"mv {FIRST} first && mv {SECOND} {FIRST} && mv first {SECOND}"), FIRST, "its rank"),
+    fault("a shard copied over another", shell(f"cp {FIRST} {SECOND}"), SECOND, "its rank"),
+    fault("a shard of another conversion", convert_again, FIRST, "its conversion_id"),
+    fault("a shard of another tp degree", shell(f"cp ../weights1/{FIRST} ."), FIRST, "does not belong here"),
+    fault("a missing shard", shell(f"rm {SECOND}"), f"{SECOND} is missing"),
+    fault("a link to no shard", shell(f"ln -sf nowhere {SECOND}"), f"{SECOND} is missing"),
+    fault("a truncated shard", shell(f"truncate -s -100 {SECOND}"), f"{SECOND} is damaged"),
+    fault("an empty shard", shell(f"truncate -s 0 {FIRST}"), f"{FIRST} is damaged"),
+    fault("an HF checkpoint for a shard", shell(f"cp ../hf/model.safetensors {SECOND}"), SECOND, "ask for"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "says"), CONVERSION_FAULTS)
+def test_a_conversion_that_cannot_be_computed_or_is_a_mixture_is_refused(run, spoil, says):
     spoil(Path("weights2"))
-    assert_refused(run(LLAMA, "--ckpt", "weights2"), LLAMA, "weights2/", *says, "convert again")
+    assert_refused(run(LLAMA, "--ckpt", "weights2"), LLAMA, "--ckpt weights2: weights2/", *says, "convert again")
+
+
+def answer_after_edit(run: Callable[..., Ran], *says: str, prompt: str = words(LONG)) -> dict:
+    """The completion of weights1 after an edit, which has to be said in one line."""
+    ran = run(LLAMA, "--ckpt", "weights1", "--prompt", prompt, "--max-new-tokens", 12, "--json")
+    assert ran.err == f"{LLAMA}: edited after the conversion, {' '.join(says)}\n"
+    return result(ran)["completions"][0]
+
+
+def test_edited_eos_ids_are_said_and_used(run, hf_ids):
+    ids = hf_ids(LONG, 12, eos=[])
+    end = ids[2]
+    edit_json(Path("weights1/config.json"), eos_token_id=[end])
+    assert answer_after_edit(run, "and used: config.json")["ids"] == ids[: ids.index(end) + 1]
+
+
+def test_an_edited_length_of_the_cache_is_said_and_used(run, hf_ids):
+    edit_json(Path("weights1/neuron_config.json"), sequence_length=len(LONG) + 5)
+    assert answer_after_edit(run, "and used: neuron_config.json")["ids"] == hf_ids(LONG, 5)
+
+
+def test_an_edited_tokenizer_is_said_and_used(run):
+    file = Path("weights1/tokenizer.json")
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w21"], vocabulary["w22"] = vocabulary["w22"], vocabulary["w21"]
+    file.write_text(json.dumps(tokenizer))
+    assert answer_after_edit(run, "and used: tokenizer.json", prompt="w21 w22 w23")["prompt_ids"] == [22, 21, 23]
+
+
+def test_all_edited_files_are_said_in_one_line(run, hf_ids):
+    edit_json(Path("weights1/neuron_config.json"), sequence_length=len(LONG) + 5)
+    edit_json(Path("weights1/config.json"), eos_token_id=[])
+    assert answer_after_edit(run, "and used: config.json, neuron_config.json")["ids"] == hf_ids(LONG, 5, eos=[])
+
+
+def test_without_its_digests_a_conversion_is_used(run, hf_ids):
+    edit_json(Path("weights1/neuron_config.json"), drop="sha256")
+    assert answer_after_edit(run, "and used: neuron_config.json")["ids"] == hf_ids(LONG, 12)
+
+
+def test_an_edited_generation_config_is_said_not_to_be_read(run, hf_ids):
+    edit_json(Path("weights1/generation_config.json"), eos_token_id=hf_ids(LONG, 1))
+    assert answer_after_edit(run, "but config.json is read: generation_config.json")["ids"] == hf_ids(LONG, 12)
+
+
+def test_two_ranks_say_once_what_was_edited(hf_ids):
+    edit_json(Path("weights2/config.json"), eos_token_id=[])
+    flags = (ROOT / LLAMA, "--ckpt", "weights2", *by_ids(SHORT), "--json")
+    for launcher in ((), ("-m", "torch.distributed.run", "--nproc-per-node", 2)):
+        ran = run_process(*launcher, *flags)
+        assert new_ids(result(ran)) == [hf_ids(SHORT, 64, eos=[])]
+        assert ran.err.count(f"{LLAMA}: edited after the conversion, and used: config.json\n") == 1
+
+
+@pytest.mark.parametrize("folder", ["hf", "weights2"])
+def test_files_that_nobody_opens_are_not_checked(run, ask, hf_ids, folder):
+    for name in ("train.log", "notes.txt", "trace.json", "tp2_sharded_checkpoint.safetensors.tmp"):
+        Path(folder, name).touch()
+        os.truncate(Path(folder, name), 70 * 2**20)
+    for name in (".config.json.swp", "link", "readme.txt", "tp9_sharded_checkpoint.safetensors", "lock.json"):
+        Path(folder, name).symlink_to("nowhere")
+    for name in ("fifo", "fifo.json", "fifo.txt"):
+        os.mkfifo(Path(folder, name))
+    assert run(CONVERT, "--hf", "hf", "--out", "out", "--tp", 1) == (0, "", "")
+    assert new_ids(ask("out", [MIDDLE])) == [hf_ids(MIDDLE, 64)]
+    two = run_process(ROOT / LLAMA, "--ckpt", "weights2", *by_ids(MIDDLE), "--json")
+    assert new_ids(result(two)) == [hf_ids(MIDDLE, 64)]
+    assert run("tools/verify.py", "weights2").code == 0
+
+
+def without_privileges() -> tuple[str, ...]:
+    """What a command starts with that may not read what modes forbid: root may, unless it drops its capabilities."""
+    if os.geteuid() != 0:
+        return ()
+    if shutil.which("setpriv") is None:
+        pytest.skip("root reads everything, and setpriv, which could change that, is not installed")
+    return ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("hf/model.safetensors", (CONVERT, "--hf", "hf", "--out", "out", "--tp", "1")),
+        ("hf/config.json", (CONVERT, "--hf", "hf", "--out", "out", "--tp", "1")),
+        ("hf/tokenizer.json", (CONVERT, "--hf", "hf", "--out", "out", "--tp", "1")),
+        (f"weights1/{shards(1)[0]}", (LLAMA, "--ckpt", "weights1")),
+        ("weights1/config.json", (LLAMA, "--ckpt", "weights1")),
+        ("weights1/neuron_config.json", (LLAMA, "--ckpt", "weights1")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_may_not_be_read_is_not_said_to_be_missing(file, command):
+    Path(file).chmod(0)
+    script, *flags = command
+    line = [*without_privileges(), sys.executable, ROOT / script, *flags]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1), ran.stderr
+    assert ran.stderr.startswith(f"{script}: error: ") and file in ran.stderr
+    assert "Permission denied, make it readable" in ran.stderr
+    assert "missing" not in ran.stderr and "not found" not in ran.stderr
 
 
 LLAMA1, CONVERT1 = f"{LLAMA} --ckpt weights1", f"{CONVERT} --hf hf --out out --tp 1"
@@ -745,10 +912,11 @@ WRONG_FLAGS = [
     (f"{LLAMA1} --prompt=", "prompt 1"),
     (f"{LLAMA1} --sequence-length 2 --prompt-ids 7,8", "prompt 1", "2 tokens", "--sequence-length"),
     (f"{LLAMA1} --batch-size 1 --prompt-ids 7 --prompt-ids 8", "2 prompts", "--batch-size 1"),
-    (f"{LLAMA1} --sequence-length {10**12}", f"--sequence-length {10**12}", "does not fit in memory"),
-    (f"{LLAMA1} --batch-size {10**12}", f"--batch-size {10**12}", "does not fit in memory"),
-    (f"{LLAMA1} --sequence-length {10**30}", "--sequence-length", "does not fit in memory"),
-    (f"{LLAMA1} --device tpu", "--device", "'tpu'", "nxd"),
+    (f"{LLAMA1} --batch-size {2**24}", "does not fit in memory", "--batch-size", "--sequence-length"),
+    (f"{LLAMA1} --batch-size {10**4} --sequence-length {2**24}", "does not fit in memory", "--sequence-length"),
+    (f"{LLAMA1} --batch-size {10**12}", f"--batch-size: '{10**12}'", "up to 2^24"),
+    (f"{LLAMA1} --sequence-length {10**30}", f"--sequence-length: '{10**30}'", "up to 2^24"),
+    (f"{LLAMA1} --device tpu", "--device tpu is not available", "docs/neuron.md"),
     *((f"{LLAMA1} --device {name}", f"--device {name} is not available") for name, here in HERE.items() if not here),
     (f"{LLAMA1} --attn fast", "--attn", "'fast'", "sdpa"),
     (f"{LLAMA1} --dtype float32", "--dtype"),
@@ -760,12 +928,12 @@ WRONG_FLAGS = [
     (f"{CONVERT1} --buckets 8,257", "--buckets", "257", "--sequence-length 256"),
     (f"{CONVERT1} --prefill-chunk-size 0", "--prefill-chunk-size", "positive", "'0'"),
     (f"{CONVERT1} --prefill-chunk-size 257", "--prefill-chunk-size 257", "--sequence-length 256"),
-    (f"{CONVERT1} --prefill-chunk-size {10**30}", "--prefill-chunk-size", "from 1 to 2^24"),
-    (f"{CONVERT1} --sequence-length {10**30}", "--sequence-length", "from 1 to 2^24"),
-    (f"{CONVERT1} --batch-size {10**9}", "--batch-size", "from 1 to 10,000"),
-    (f"{CONVERT} --hf hf --out out --tp {10**9}", "--tp", "from 1 to 10,000"),
+    (f"{CONVERT1} --prefill-chunk-size {10**30}", "--prefill-chunk-size", "up to 2^24"),
+    (f"{CONVERT1} --sequence-length {10**30}", "--sequence-length", "up to 2^24"),
+    (f"{CONVERT1} --batch-size {10**6}", "--batch-size", "from 1 to 10,000"),
+    (f"{CONVERT} --hf hf --out out --tp {10**6}", "--tp", "from 1 to 10,000"),
     (f"{CONVERT} --hf hf --out weights1/../hf --tp 1", "--out weights1/../hf", "HF directory itself"),
-    (f"{CONVERT} --hf weights2 --out out --tp 2", "--hf weights2 is converted already"),
+    (f"{CONVERT} --hf weights2 --out out --tp 2", "--hf weights2 is already a conversion"),
     (f"{CONVERT} --hf hf --out hf/README.md --tp 1", "hf/README.md"),
 ]
 

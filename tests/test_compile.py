@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from conftest import ROOT, command, hf_greedy, hf_model
 from convert_weights import convert
-from llama_neuron import LlamaForCausalLM, Parts, compile_decode, generate, load_model
+from launch.compiled import compile_decode
+from llama_neuron import LlamaForCausalLM, backend_for, generate, load_model
 from test_llama_neuron import NEW_TOKENS, PROMPTS, TOLERANCE, greedy_logits
+from tests.helpers import ROOT, command, hf_greedy, hf_model
 
 # biases, gelu_pytorch_tanh and no even size; llama3 rope, tied embeddings and three query heads for a KV head
 ODD, LLAMA3 = "odd sizes", "llama-3.2"
@@ -29,8 +30,8 @@ def keep(code: Path) -> None:
 
 def compiled_model(ckpt: Path, batch_size: int = 1, length: int = LENGTH, attn: str = "eager") -> LlamaForCausalLM:
     """As `--compile` makes it."""
-    parts = Parts.of_device("cpu", attn)
-    model = load_model(ckpt, batch_size=batch_size, sequence_length=length, parts=parts)
+    backend = backend_for("cpu", attn)
+    model = load_model(ckpt, batch_size=batch_size, sequence_length=length, backend=backend)
     compile_decode(model)
     return model
 
@@ -45,7 +46,7 @@ def token_by_token(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     with torch.inference_mode():
         for position, token in enumerate(ids.int().split(1, dim=1)):
             positions = torch.full_like(token, position)
-            logits.append(model(token, positions, length=position + 1))
+            logits.append(model(token, positions, kv_length=position + 1))
     return torch.cat(logits, dim=1)
 
 
@@ -83,7 +84,8 @@ def test_one_code_serves_every_length_of_text_and_cache(
 
 RUN_KEPT = """
 import sys, torch
-from llama_neuron import compile_decode, generate, load_model
+from launch.compiled import compile_decode
+from llama_neuron import generate, load_model
 torch.set_num_threads(1)
 model = load_model(sys.argv[1])
 compile_decode(model)

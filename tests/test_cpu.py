@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from test_ranks import processes_below, runs
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import command
-from cpu import compiled, products, shared_memory
-from cpu.kept import Kept
+from cpu import compiled, products
+from launch import shared_memory
+from launch.kept import Kept, find_or_make
+from tests.helpers import command
+from tests.test_ranks import processes_below, runs
 
 # ---- ranks
 
@@ -181,6 +182,11 @@ class Attention(nn.Module):
         return x + self.out(y.reshape(B, 6, T, 8).transpose(1, 2).reshape(B, T, 48))
 
 
+def keep_in(folder: Path) -> Callable:
+    """What `compile_one_row` asks for its code, which is kept in a folder."""
+    return partial(find_or_make, folder=folder)
+
+
 class Toy(nn.Module):
     """Two layers and a head; called with x [B,T,24] for the positions from `start` on, it reads `length` slots."""
 
@@ -201,7 +207,7 @@ class Toy(nn.Module):
 
     def compile(self, folder: Path) -> "Toy":
         run, fused = partial(self, self.example, start=0, length=1), self.layers[0].fused
-        compiled.compile_one_row(run, self.layers, f"toy {fused}", folder, heads=[self.head])
+        compiled.compile_one_row(run, self.layers, f"toy {fused}", keep_in(folder), heads=[self.head])
         return self
 
 
@@ -267,7 +273,7 @@ class Block(nn.Linear):
         self.x = torch.randn(1, 1, 24, dtype=dtype)
 
     def compile(self, key: str, folder: Path) -> None:
-        compiled.compile_one_row(partial(self, self.x), [self], key, folder, heads=[self.head])
+        compiled.compile_one_row(partial(self, self.x), [self], key, keep_in(folder), heads=[self.head])
 
 
 def test_a_head_is_not_rounded_to_its_weights_dtype(code: Path) -> None:
@@ -511,7 +517,7 @@ def compile_sharded(rank: int, ranks: int, folder: Path) -> None:
     y = F.relu(F.linear(x, up))
     expected = torch.cat((F.linear(y, down), y), dim=-1)
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
-    compiled.compile_one_row(partial(module, x), [module], "sharded", folder)
+    compiled.compile_one_row(partial(module, x), [module], "sharded", keep_in(folder))
     for _ in range(50):
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
 
@@ -543,7 +549,7 @@ class HalfAsLong(nn.Module):
 def test_code_that_would_depend_on_a_length_is_refused(code: Path) -> None:
     module, x, mask = HalfAsLong(), torch.zeros(1, 3), torch.ones(1, 1, 5, dtype=torch.bool)
     with pytest.raises(Exception, match=r"Not all values of length = .* satisfy"):
-        compiled.compile_one_row(lambda: module(x, mask), [module], "", code)
+        compiled.compile_one_row(lambda: module(x, mask), [module], "", keep_in(code))
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

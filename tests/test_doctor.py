@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, command
+from tests.helpers import ROOT, command
 from tools.doctor import execute, neuron_cores
 
 STEPS = ["--device cpu", "Hugging Face", "convert, tp 1", "convert, tp 2", "run on cpu, tp 1", "logits on cpu, tp 1"]

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -34,8 +36,10 @@ import convert_weights
 import llama_neuron
 import tools.capture
 import tools.verify
-from conftest import ROOT
+from checkpoint.seal import check_seal
 from convert_weights import convert as convert_here
+from launch.command import run_command
+from tests.helpers import ROOT
 
 CONFIG = {
     "model_type": "llama",
@@ -66,6 +70,7 @@ ROPES = {
 ROPE_KEYS = sorted({key for rope in ROPES.values() for key in rope} | {"original_max_position_embeddings", "type"})
 RECORD, FIRST, SECOND = ".conversion", *(f"tp{rank}_sharded_checkpoint.safetensors" for rank in range(2))
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+READ_FILES = SMALL_FILES[:3]  # whose digests a conversion keeps
 
 
 # ---- checkpoints
@@ -122,7 +127,7 @@ def assert_is_conversion(folder: str | Path, reference: str | Path) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert listing(folder) == listing(reference)
-    llama_neuron.check_seal(folder, range(2))
+    check_seal(folder, range(2))
 
 
 def listing(folder: str | Path) -> set[str]:
@@ -142,7 +147,7 @@ class Ran(NamedTuple):
 
 MAINS = {
     "convert_weights.py": convert_weights.main,
-    "llama_neuron.py": lambda: llama_neuron.start(llama_neuron.parse_args(), llama_neuron.run),
+    "llama_neuron.py": llama_neuron.main,
     "capture.py": tools.capture.main,
     "verify.py": tools.verify.main,
 }
@@ -153,7 +158,7 @@ def run(command: str, *arguments: object) -> Ran:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [command, *map(str, arguments)])
         try:
-            llama_neuron.run_command(MAINS[command])
+            run_command(MAINS[command])
         except SystemExit as stop:
             code = stop.code
     return Ran(code, out.getvalue(), err.getvalue())
@@ -168,17 +173,28 @@ def load(ckpt: str) -> Ran:
     return run("llama_neuron.py", "--ckpt", ckpt, "--device", "cpu", "--prompt-ids", 40)
 
 
+EDITED = "llama_neuron.py: edited after the conversion, "
+
+
 def assert_refused(ran: Ran, *says: str, code: int = 2) -> None:
     """One line that says what it should, beside notes of the converter and of transformers."""
     assert (ran.code, ran.out) == (code, ""), ran
-    *notes, line = ran.err.splitlines()
+    *notes, line = [note for note in ran.err.splitlines() if not note.startswith(EDITED)]
     assert ": error: " in line and "weights_only" not in line, line
     assert all(note.startswith(("convert_weights.py: hf", "[transformers] ")) for note in notes), notes
     assert [part for part in says if part not in line] == [], line
 
 
-def assert_intact(ckpt: str) -> None:
-    assert_refused(load(ckpt), "prompt 1: token ids must be from 0 to 39")
+def said_edited(ran: Ran) -> set[str]:
+    """The files that were said to have been edited."""
+    lines = [line for line in ran.err.splitlines() if line.startswith(EDITED)]
+    return {name for line in lines for name in line.rpartition(": ")[2].split(", ")}
+
+
+def assert_intact(ckpt: str, edited: set[str] | None = None) -> None:
+    ran = load(ckpt)
+    assert said_edited(ran) == (edited or set())
+    assert_refused(ran, "prompt 1 holds token ids outside of 0 to 39")
 
 
 # ---- values and bytes
@@ -360,15 +376,22 @@ def test_a_shard_whose_header_was_changed_is_refused_or_has_the_same_tensors(dat
 
 
 @FAST
-@given(data=st.data(), name=st.sampled_from([*SMALL_FILES, "neuron_config.json"]))
-def test_a_small_file_of_a_conversion_that_was_changed_in_any_byte_is_refused(data, name):
+@given(data=st.data(), name=st.sampled_from([*READ_FILES, "neuron_config.json"]))
+def test_a_small_file_of_a_conversion_that_was_changed_in_any_byte_is_said_or_refused(data, name):
     original = Path("weights", name).read_bytes()
     changed = data.draw(damaged(original))
     with spoilt(f"weights/{name}", changed):
+        ran = load("weights")
         if changed == original:
             assert_intact("weights")
+        elif "convert again" in ran.err:
+            assert said_edited(ran) == set()
+            assert_refused(ran, "--ckpt weights: weights/")
         else:
-            assert_refused(load("weights"), "neuron_config.json" if name == "neuron_config.json" else name)
+            said = said_edited(ran)
+            assert name in said
+            assert said == {name} or name == "neuron_config.json"  # which holds the digests of the others
+            assert_refused(ran, "prompt 1")
 
 
 # ---- files that do not belong together
@@ -383,16 +406,19 @@ def mixture(parts: dict[str, str]) -> str:
     return "mixed"
 
 
-def test_every_mixture_of_the_files_of_two_conversions_is_refused():
+def test_of_the_files_of_two_conversions_only_json_files_may_be_mixed():
     same = {name: f"weights/{name}" for name in listing("weights")}  # transformers 4 writes one that says nothing
     names = [name for name in same if Path("weights", name).read_bytes() != Path("other_weights", name).read_bytes()]
     assert {*names} == {*SMALL_FILES, "neuron_config.json", FIRST, SECOND}
     for folders in product(("weights", "other_weights"), repeat=len(names)):
-        ckpt = mixture(same | {name: f"{folder}/{name}" for name, folder in zip(names, folders, strict=True)})
-        if len(set(folders)) == 1:
-            assert_intact(ckpt)
+        chosen = dict(zip(names, folders, strict=True))
+        ckpt = mixture(same | {name: f"{folder}/{name}" for name, folder in chosen.items()})
+        conversion = chosen["neuron_config.json"]
+        if chosen[FIRST] == chosen[SECOND] == conversion:
+            assert_intact(ckpt, {name for name in READ_FILES if chosen[name] != conversion})
         else:
-            assert_refused(load(ckpt), "--ckpt mixed", "convert again")
+            wrong = FIRST if chosen[FIRST] != conversion else SECOND
+            assert_refused(load(ckpt), f"--ckpt mixed: mixed/{wrong}", "its conversion_id", "convert again")
 
 
 def test_every_mixture_of_the_shards_of_two_ranks_of_two_conversions_is_refused():
@@ -410,14 +436,90 @@ def test_every_mixture_of_the_shards_of_two_ranks_of_two_conversions_is_refused(
             assert_intact(ckpt)
 
 
-@pytest.mark.parametrize("settings_file", [None, {"tp_degree": 2, "fused_qkv": True}], ids=["NxD's", "Optimum's"])
-def test_shards_without_a_seal_are_refused_with_the_command_that_converts(settings_file):
-    for name in (FIRST, SECOND):
-        save_file(load_file(f"weights/{name}"), f"weights/{name}")
+def save_as_nxd(ckpt: str, tp: int) -> None:
+    """The shards of a conversion as NxD's `shard_checkpoint` saves them: the same tensors, and no metadata."""
+    for rank in range(tp):
+        file = Path(ckpt, f"tp{rank}_sharded_checkpoint.safetensors")
+        save_file(load_file(file), file)
+
+
+def ids_of(ckpt: str) -> list[int]:
+    ran = run("llama_neuron.py", "--ckpt", ckpt, "--device", "cpu", "--prompt-ids=5,7", "--ignore-eos", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    return json.loads(ran.out)["completions"][0]["ids"]
+
+
+def drop_what_only_a_conversion_writes(ckpt: str) -> None:
+    """Leaves neuron_config.json with what `NeuronConfig` reads, as a user of NxD's shards would write it."""
+    file = Path(ckpt, "neuron_config.json")
+    settings_file = json.loads(file.read_text())
+    file.write_text(json.dumps({field.name: settings_file[field.name] for field in fields(llama_neuron.NeuronConfig)}))
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["neuron_config.json of a conversion", "one by hand"])
+def test_shards_of_nxd_itself_give_the_same_ids(by_hand):
+    expected = ids_of("one")
+    save_as_nxd("one", 1)
+    save_as_nxd("weights", 2)
+    if by_hand:
+        for ckpt in ("one", "weights"):
+            drop_what_only_a_conversion_writes(ckpt)
+            Path(ckpt, "generation_config.json").unlink()
+    assert ids_of("one") == expected
+    assert_intact("weights")
+    assert_refused(run("verify.py", "weights"), FIRST, "has no digest of its values")
+
+
+@pytest.mark.parametrize("settings_file", [None, {"tp_degree": 2, "fused_qkv": True}], ids=["none", "Optimum's"])
+def test_shards_without_all_settings_are_refused_with_the_command_that_converts(settings_file):
+    save_as_nxd("weights", 2)
     Path("weights/neuron_config.json").unlink()
     if settings_file:
         Path("weights/neuron_config.json").write_text(json.dumps(settings_file))
-    assert_refused(load("weights"), "convert again, `python convert_weights.py --hf HF_DIR --out ./weights --tp 1`")
+    ran = load("weights")
+    assert_refused(ran, "neuron_config.json", "`python convert_weights.py --hf HF_DIR --out ./weights --tp 1`")
+
+
+def swap(ckpt: str) -> None:
+    Path(ckpt, FIRST).rename(f"{ckpt}/first")
+    Path(ckpt, SECOND).rename(f"{ckpt}/{FIRST}")
+    Path(ckpt, "first").rename(f"{ckpt}/{SECOND}")
+
+
+def test_shards_of_nxd_that_have_changed_places_are_refused():
+    save_as_nxd("weights", 2)
+    swap("weights")
+    assert_refused(load("weights"), f"weights/{FIRST} is the shard of rank 1", "convert again")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+@pytest.mark.parametrize("change", ["missing", "narrower", "in bfloat16", "beside another"])
+def test_shards_of_nxd_that_do_not_fit_the_config_are_refused(name, change):
+    save_as_nxd("weights", 2)
+    tensors = load_file(f"weights/{SECOND}")
+    if change == "missing":
+        del tensors[name]
+    if change == "narrower":
+        tensors[name] = tensors[name][..., 1:].contiguous()
+    if change == "in bfloat16":
+        tensors[name] = tensors[name].bfloat16()
+    if change == "beside another":
+        name = "model.layers.2.mlp.down_proj.weight"
+        tensors[name] = torch.zeros(16, 12)
+    save_file(tensors, f"weights/{SECOND}")
+    assert_refused(load("weights"), f"weights/{SECOND}: {name} is", "neuron_config.json ask", "convert again")
+
+
+@pytest.mark.parametrize(("key", "value"), [("conversion_id", "0" * 32), ("rank", "1")])
+def test_load_model_refuses_a_shard_of_another_conversion_or_rank(key, value):
+    file = Path("one", FIRST)
+    with safe_open(file, "pt") as shard:
+        metadata = shard.metadata()
+    save_file(load_file(file), file, metadata=metadata)
+    llama_neuron.load_model("one")
+    save_file(load_file(file), file, metadata=metadata | {key: value})
+    with pytest.raises(llama_neuron.UsageError, match=f"^{file} is of another conversion, or of another rank"):
+        llama_neuron.load_model("one")
 
 
 @pytest.mark.parametrize("rank", [-1, 1, 2, 2**31 - 1])
@@ -443,6 +545,14 @@ def test_verify_reads_all_that_is_here():
     assert "weights: 1 of 2 shards are here" in run("verify.py", "weights").out
     Path("weights", SECOND).unlink()
     assert_refused(run("verify.py", "weights"), FIRST, "convert again")
+
+
+def test_verify_says_once_what_was_edited():
+    edited = json.loads(Path("weights/config.json").read_text()) | {"rms_norm_eps": 0.1}
+    Path("weights/config.json").write_text(json.dumps(edited))
+    ran = run("verify.py", "weights")
+    assert ran.code == 0
+    assert ran.err == "verify.py: edited after the conversion, and used: config.json\n"
 
 
 @FAST
@@ -471,7 +581,7 @@ def test_a_directory_that_holds_anything_else_is_refused_and_left_as_it_is(name)
     Path("out").mkdir()
     Path("out", name).mkdir() if name == "folder" else Path("out", name).write_text("mine")
     before = snapshot(".")
-    assert_refused(convert(), "--out out holds files, and no conversion", "an empty directory")
+    assert_refused(convert(), "--out out holds files that are not a conversion", "an empty directory")
     assert snapshot(".") == before
 
 
@@ -492,7 +602,7 @@ def test_a_file_of_one_s_own_under_a_name_that_is_needed_is_refused_and_left_as_
     third.write_text("mine")
     before = snapshot(".")
     ran = run("convert_weights.py", "--hf", "hf", "--out", "weights", "--tp", 3)
-    assert_refused(ran, f"--out {third} is of no conversion", "move it")
+    assert_refused(ran, f"--out {third} is not from a conversion", "move it")
     assert snapshot(".") == before
 
 
@@ -526,7 +636,7 @@ def test_links_to_the_source_are_no_conversion():
     for name in listing("hf"):
         Path("out", name).symlink_to(Path("hf", name).resolve())
     before = snapshot(".")
-    assert_refused(convert(), "--out out holds files, and no conversion")
+    assert_refused(convert(), "--out out holds files that are not a conversion")
     assert snapshot(".") == before
 
 
@@ -674,7 +784,7 @@ def child() -> Iterator[Callable[..., multiprocessing.Process]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # where the server finds what it imports once for all
-        modules = ["hypothesis", "pytest", "transformers.modeling_utils", "conftest", "tools.capture"]
+        modules = ["hypothesis", "pytest", "transformers.modeling_utils", "tests.helpers", "tools.capture"]
         SERVER.set_forkserver_preload(modules)
         yield start
     for process in started:
@@ -705,7 +815,7 @@ def test_a_conversion_that_was_killed_is_refused_and_the_next_one_leaves_no_trac
     if Path("weights/neuron_config.json").exists():  # the older one was not touched yet, or the new one is complete
         assert_intact("weights")
     else:
-        assert_refused(load("weights"), "--ckpt weights is no finished conversion", "convert again")
+        assert_refused(load("weights"), "--ckpt weights: it is not a complete conversion", "convert again")
     assert convert(out="weights").code == 0
     assert_is_conversion("weights", originals / "weights")
 

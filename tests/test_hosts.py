@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import TORCHRUN, Run, convert_long
 
-from conftest import hf_greedy, hf_model
+from tests.helpers import hf_greedy, hf_model
+from tests.test_ranks import TORCHRUN, Run, convert_long
 
 pytestmark = pytest.mark.slow
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from conftest import ROOT, command, hf_greedy, hf_model
 from convert_weights import convert
+from tests.helpers import ROOT, command, hf_greedy, hf_model
 
 STAND_IN = ROOT / "tests/neuron_device"
 COMMAND = "llama_neuron.py"
@@ -61,7 +61,7 @@ FAULTS = {
         "dtype=torch.int32, device=k.device)[:, None]", "dtype=torch.int32)[:, None]", "is on cpu, all of a graph is on"
     ),
     "a process group without a backend": Fault(
-        'dist.init_process_group(f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}")',
+        'dist.init_process_group(f"cpu:gloo,{device}:{backend}", timeout=timedelta(seconds=timeout))',
         "dist.init_process_group()",
         "No backend type associated with device type cpu",
         tp=2,
@@ -80,19 +80,19 @@ FAULTS = {
         is_slow=True,
     ),
     "a number read in a forward": Fault(
-        "first = self.rank_util.get_rank() *",
-        "first = self.rank_util.get_rank().item() *",
+        "first_id = self.rank_util.get_rank() *",
+        "first_id = self.rank_util.get_rank().item() *",
         "static, _local_scalar_dense has u0",
     ),
-    "dynamic shapes": Fault("dynamic=False", "dynamic=True", "RuntimeError: neuron: shapes must be static"),
+    "dynamic shapes": Fault('"dynamic": False', '"dynamic": True', "RuntimeError: neuron: shapes must be static"),
     "a shape that depends on the text": Fault(
         "return model(*inputs).cpu()",
-        "return model(*inputs, length=min(length, slots)).cpu()",
+        "return model(*inputs, kv_length=min(kv_length, slots)).cpu()",
         "recompile limit exceeded",
     ),
     "an operator off the list": Fault(
-        "values.argmax(-1, keepdim=True)",
-        "values.sort(-1, descending=True).indices[..., :1]",
+        "pairs[..., 0].argmax(-1, keepdim=True)",
+        "pairs[..., 0].sort(-1, descending=True).indices[..., :1]",
         "operators that are not in operators.txt: aten.sort.default",
     ),
     "a cache update that is not carried over": Fault(
@@ -293,7 +293,8 @@ def test_there_may_be_more_buckets_than_torch_compiles_anew(
 ) -> None:
     buckets = [*range(2, 10), LENGTH]  # torch stops at 8 graphs
     prompts = [list(range(1, 1 + length)) for length in (*buckets[:-1], 20)]
-    plant("recompile_limit=graphs", "" if limited else "recompile_limit=graphs", tmp_path)
+    text = '"recompile_limit": graphs, '
+    plant(text, "" if limited else text, tmp_path)
     (tmp_path / "every_bucket.py").write_text(EVERY_BUCKET)
     ran = run(tmp_path / "every_bucket.py", weights(context_encoding_buckets=buckets), json.dumps(prompts))
     found = wrong(ran, hf_ids(prompts, 2), tp=1)
@@ -302,6 +303,29 @@ def test_there_may_be_more_buckets_than_torch_compiles_anew(
     else:
         assert not found
         assert ran.read() == [[1, 2], [1, 1], *([1, length] for length in buckets[1:])]
+
+
+TWO_MODELS = """
+import json, sys
+from llama_neuron import generate, load_model
+completions = []
+for length in (48, 32):
+    model = load_model(sys.argv[1], sequence_length=length, device="neuron")
+    completions += generate(model, json.loads(sys.argv[2]), 2, [])
+completions, config = [{"ids": ids} for ids in completions], {"num_hidden_layers": model.config.num_hidden_layers}
+print(json.dumps({"completions": completions, "config": config}))
+"""
+
+
+@pytest.mark.slow
+def test_two_models_of_one_process_have_graphs_of_their_own(
+    run: Callable, weights: Callable, hf_ids: Callable, tmp_path: Path
+) -> None:
+    """torch counts graphs by the code that they come from, unless they are isolated."""
+    (tmp_path / "two_models.py").write_text(TWO_MODELS)
+    ran = run(tmp_path / "two_models.py", weights(), json.dumps(PROMPTS[:1]), PYTHONPATH=f"{STAND_IN}:{ROOT}")
+    assert not wrong(ran, hf_ids(PROMPTS[:1] * 2, 2), tp=1)
+    assert ran.read() == [[1, 48], [1, 1], [1, 32], [1, 1]]
 
 
 # ---- captures
@@ -348,6 +372,8 @@ def plant(text: str, planted: str, folder: Path) -> Path:
     assert source.count(text) == 1, f"{text!r} is {source.count(text)} times in {COMMAND}: bring FAULTS up to date"
     copy = folder / COMMAND
     copy.write_text(source.replace(text, planted))
+    for name in ("launch", "checkpoint", "cpu"):
+        shutil.copytree(ROOT / name, folder / name)
     return copy
 
 

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,23 +29,27 @@ pytest.importorskip("neuronx_distributed", reason="set NXD_SRC to the src folder
 import torch
 import torch.distributed as dist
 from neuronx_distributed import NxDModel, NxDParallelState, shard_checkpoint
-from neuronx_distributed.parallel_layers import layers, parallel_state
+from neuronx_distributed.parallel_layers import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
 
-import conftest
-from conftest import command, hf_greedy, hf_model
 from convert_weights import convert
 from llama_neuron import (
+    REFERENCE,
+    KVCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaRMSNorm,
     NeuronConfig,
-    Parts,
-    compile_nxd,
+    backend_for,
     generate,
     load_model,
+    load_nxd,
+    nxd_backend,
     read_shard,
 )
+from tests import helpers
+from tests.helpers import command, hf_greedy, hf_model
 from tests.nxd.one_layer import one_layer
 
 over_gloo = pytest.mark.skipif(
@@ -87,9 +92,10 @@ def run_both(rank: int, tp: int, ckpt: Path) -> list[list]:
     last = torch.tensor([len(PROMPT) - 1], dtype=torch.int32)
     results = []
     with nxd_ranks(tp):
-        for parts in (Parts(layers=layers), Parts()):
-            model = load_model(ckpt, rank, parts=parts)
-            assert isinstance(model.lm_head, parts.layers.ColumnParallelLinear)
+        plain = {"RMSNorm": LlamaRMSNorm, "KVCache": KVCache, "static_shapes": False}
+        for backend in (replace(nxd_backend(), **plain), REFERENCE):
+            model = load_model(ckpt, rank, backend=backend)
+            assert isinstance(model.lm_head, backend.ColumnParallelLinear)
             outputs = model.model(ids, positions), model(ids, positions), model(ids, positions, last)
             results.append([output.numpy() for output in outputs])
     return results
@@ -162,7 +168,7 @@ def test_nxd_shards_this_model_as_the_converter_does(
     ranks = torch.arange(tp, dtype=torch.int32)
     state |= {"rank_util.rank": ranks, "model.embed_tokens.rank_util.rank": ranks.clone()}
     with NxDParallelState(world_size=tp, tensor_model_parallel_size=tp):
-        model = LlamaForCausalLM(config, NeuronConfig.from_pretrained(ckpt), Parts.of_device("nxd"))
+        model = LlamaForCausalLM(config, NeuronConfig.from_pretrained(ckpt), backend_for("nxd"))
         for layer in model.model.layers:
             for parameter in layer.self_attn.Wqkv.parameters():  # how NxDI tells NxD that q, k and v are in one
                 parameter.fused_qkv, parameter.head_dim = True, config.head_dim
@@ -180,7 +186,7 @@ def test_nxd_shards_this_model_as_the_converter_does(
 
 
 class Logits(LlamaForCausalLM):
-    """Graphs of logits. `last` is ignored: `compile_nxd` gives it to every graph."""
+    """Graphs of logits. `last` is ignored: `load_nxd` gives it to every graph."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None) -> Tensor:
         return super().forward(input_ids, position_ids)
@@ -216,13 +222,13 @@ def logits_by_steps(model: NxDModel, prompts: list[list[int]], new: list[list[in
 
 @traced
 @with_cores
-@pytest.mark.parametrize("family", conftest.FAMILIES)
+@pytest.mark.parametrize("family", helpers.FAMILIES)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_model_builder_makes_hfs_ids(tp: int, batch: int, family: str, hf_checkpoint: Callable, tmp_path: Path) -> None:
     hf, ckpt, prompts = one_layer(hf_checkpoint(family)), tmp_path / "weights", PROMPTS[:batch]
     convert(hf, ckpt, tp_degree=tp, sequence_length=LENGTH, prefill_chunk_size=4, vocab_parallel=batch == 2)
-    model = compile_nxd(ckpt, batch_size=batch, parts=Parts.of_device("nxd"))
+    model = load_nxd(ckpt, batch_size=batch, backend=backend_for("nxd"))
     assert isinstance(model, NxDModel)
     assert model.get_available_keys() == {"decode", "prefill_4"}
     oracle = hf_model(hf, torch.float32)
@@ -231,7 +237,7 @@ def test_model_builder_makes_hfs_ids(tp: int, batch: int, family: str, hf_checkp
 
 @traced
 @with_cores
-@pytest.mark.parametrize("family", conftest.FAMILIES)
+@pytest.mark.parametrize("family", helpers.FAMILIES)
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
 def test_model_builder_makes_hfs_logits_in_a_batch(
     tp: int, family: str, hf_checkpoint: Callable, tmp_path: Path
@@ -240,7 +246,7 @@ def test_model_builder_makes_hfs_logits_in_a_batch(
     convert(hf, ckpt, tp_degree=tp, batch_size=3, sequence_length=LENGTH, prefill_chunk_size=8)
     oracle = hf_model(hf, torch.float32)
     expected, ids = zip(*(hf_greedy(oracle, prompt, NEW) for prompt in PROMPTS), strict=True)
-    model = compile_nxd(ckpt, parts=Parts.of_device("nxd"), model_class=Logits)
+    model = load_nxd(ckpt, backend=backend_for("nxd"), model_class=Logits)
     logits = logits_by_steps(model, PROMPTS, ids)
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(logits, expected, strict=True))
     print(f"off by {worst:.1e} of the largest logit")
@@ -257,7 +263,7 @@ def test_other_forms_of_attention_and_chunks_are_traced_too(
     hf, ckpt = one_layer(hf_checkpoint("odd sizes")), tmp_path / "weights"
     convert(hf, ckpt, tp_degree=tp, batch_size=3, sequence_length=1100, prefill_chunk_size=4)
     oracle = hf_model(hf, torch.float32)
-    model = compile_nxd(ckpt, parts=Parts.of_device("nxd", attn))
+    model = load_nxd(ckpt, backend=backend_for("nxd", attn))
     assert generate(model, PROMPTS, NEW, []) == [hf_greedy(oracle, prompt, NEW)[1] for prompt in PROMPTS]
 
 
@@ -267,15 +273,15 @@ def test_what_was_compiled_is_used_again_until_something_else_is_asked_for(
 ) -> None:
     ckpt = converted("odd sizes", sequence_length=LENGTH, prefill_chunk_size=4)
     _, ids = hf_greedy(hf_model(hf_checkpoint("odd sizes"), torch.float32), PROMPT, NEW)
-    model = compile_nxd(ckpt, parts=Parts.of_device("nxd"))
+    model = load_nxd(ckpt, backend=backend_for("nxd"))
     assert model.get_available_keys() == {"decode", "prefill_4"}
     first = kept(code)
     assert len(first) == 1
-    model = compile_nxd(ckpt, parts=Parts.of_device("nxd"))
+    model = load_nxd(ckpt, backend=backend_for("nxd"))
     assert kept(code) == first
     assert generate(model, [PROMPT], NEW, []) == [ids]
-    compile_nxd(ckpt, parts=Parts.of_device("nxd", "sdpa"))
-    compile_nxd(ckpt, batch_size=2, parts=Parts.of_device("nxd"))
+    load_nxd(ckpt, backend=backend_for("nxd", "sdpa"))
+    load_nxd(ckpt, batch_size=2, backend=backend_for("nxd"))
     assert len(kept(code)) == 3
     assert first.items() <= kept(code).items()
 

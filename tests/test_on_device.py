@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import command, hf_greedy, hf_model
 from llama_neuron import choose_device
+from tests.helpers import command, hf_greedy, hf_model
 from tools.doctor import neuron_cores
 
 DEVICE = choose_device("auto")

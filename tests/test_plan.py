@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert_weights import convert, expected_shapes, llama_config, read_config
-from llama_neuron import NeuronConfig, run_command, shard_path
+from checkpoint.config import expected_shapes, llama_config, read_config
+from convert_weights import convert
+from launch.command import run_command
+from llama_neuron import NeuronConfig, shard_path
 from tools.plan import main, plan, sharding_strategy
 
 LLAMA3 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "torch_dtype": "bfloat16"}

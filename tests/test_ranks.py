@@ -15,9 +15,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from conftest import ROOT
 from convert_weights import convert
-from cpu.ranks import fork
+from launch.ranks import fork
+from tests.helpers import ROOT
 
 COMMAND = "llama_neuron.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -264,8 +264,8 @@ def test_a_fault_ends_ranks_of_torchrun_in_one_line(
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        (("--prompt-ids", "96"), "prompt 1: token ids must be from 0 to 95"),
-        (("--tp", "x"), "argument --tp: 'x' is not a positive integer"),
+        (("--prompt-ids", "96"), "prompt 1 holds token ids outside of 0 to 95"),
+        (("--tp", "x"), "argument --tp: 'x' is not a positive integer up to 2^24"),
     ],
     ids=["tokens", "flag"],
 )

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import ROOT, command, hf_model
-from llama_neuron import run_command
+from launch.command import run_command
 from tests.browser import Browser, require_chromium
+from tests.helpers import ROOT, command, hf_model
 from tools.capture import capture
-from tools.side_by_side import FILES, main, read_alignment
+from tools.side_by_side.command import FILES, Line, align, find, main, read_alignment
 
 PROMPT = [5, 11, 2, 60, 33]  # of tokens that the tiny checkpoints have
 TABLE = (ROOT / "README.md").read_text().partition("| HF | here |")[2].partition("\n\n")[0]
@@ -131,23 +131,69 @@ def test_the_table_of_contents_stays_in_view_and_says_where_the_reader_is(page, 
 
 
 def test_lines_that_do_the_same_work_stand_at_the_same_height(page, browser):
+    """A pair is listed, or its lines are alike up to the name that they define or assign."""
     browser.open(page)
-    find = "[...document.querySelectorAll('.anchored')].map((piece) => [...piece.children].map((column) => {"
+    find = "[...document.querySelectorAll('section')].map((section) => [...section.querySelectorAll('.anchored')].map("
+    find += "(piece) => [...piece.children].map((column) => {"
     find += "const line = column.querySelector('.line'), code = line.querySelector('code');"
-    find += "return [code.textContent, line.getBoundingClientRect().top, code.getBoundingClientRect().left]; }))"
-    shown = browser.evaluate(find)
-    anchors = [pair for _, *pairs in read_alignment().values() for pair in pairs]
-    assert len(shown) == len(anchors) > 100
-    for ((left, left_top, left_x), (right, right_top, right_x)), (hf, here) in zip(shown, anchors, strict=True):
-        assert hf in left
-        assert here in right
-        assert left_top == right_top
-        assert left_x < right_x
+    find += "return [code.textContent, line.getBoundingClientRect().top, code.getBoundingClientRect().left]; })))"
+    sections = browser.evaluate(find)
+    alignment = read_alignment()
+    assert sum(map(len, sections)) > 150
+    for pieces, (_, *anchors) in zip(sections, alignment.values(), strict=True):
+        for (left, left_top, left_x), (right, right_top, right_x) in pieces:
+            if anchors and anchors[0][0] in left and anchors[0][1] in right:
+                anchors.pop(0)
+            else:
+                beginnings = {re.split(r" = |:|\(", code.strip())[0] for code in (left, right)}
+                assert len(beginnings) == 1, beginnings
+            assert left_top == right_top
+            assert left_x < right_x
+        assert anchors == []
+
+
+def test_equal_lines_and_names_that_occur_once_are_paired_without_being_listed():
+    left = """\
+class LlamaMLP(Module):
+    def forward(self, x):
+        size = 1
+        x = self.norm(x)
+        x = dropout(x)
+        x = residual + x
+        if training:
+            x = again(x)
+        return x, None"""
+    right = """\
+class LlamaMLP(nn.Module):
+    width: int
+    def forward(self, x: Tensor, size: int) -> Tensor:
+        x = self.norm(x)
+        x = kernel(x)
+        x = residual + x
+        return x"""
+    columns = [[Line(code) for code in source.splitlines()] for source in (left, right)]
+    pairs = [[lines[0].code.strip() for lines in piece] for piece in align("title", *columns, [])[1:]]
+    assert pairs == [
+        ["class LlamaMLP(Module):", "class LlamaMLP(nn.Module):"],
+        ["def forward(self, x):", "def forward(self, x: Tensor, size: int) -> Tensor:"],
+        ["x = self.norm(x)", "x = self.norm(x)"],
+        ["x = residual + x", "x = residual + x"],
+    ]
+
+
+def test_the_reading_guide_follows_the_order_of_the_file():
+    numbers = []
+    for (_, here), *_ in read_alignment().values():
+        path, definition = find(here.split()[0], "here")
+        if path == "llama_neuron.py":
+            numbers.append(definition.lineno)
+    assert numbers == sorted(numbers)
 
 
 def copy_sources(folder: Path) -> dict[str, Path]:
     """The repository's sources and HF's, in a folder where a test can change them."""
-    shutil.copytree(ROOT / "tools", folder / "tools")
+    for name in ("checkpoint", "launch", "tools"):
+        shutil.copytree(ROOT / name, folder / name)
     for name in ("README.md", "llama_neuron.py", "convert_weights.py"):
         shutil.copy(ROOT / name, folder)
     installed = Path(find_spec("transformers").origin).parent.parent
@@ -164,13 +210,13 @@ def copy_sources(folder: Path) -> dict[str, Path]:
         ("transformers/models/llama/modeling_llama.py", "class LlamaRMSNorm(", "class RMSNorm(", "LlamaRMSNorm is not"),
         ("transformers/generation/utils.py", "def generate(", "def generate2(", "generate is not"),
         (
-            "transformers/models/llama/modeling_llama.py",
-            "emb = torch.cat(",
-            "emb = cat(",
-            "'emb = torch.cat(', an anchor of",
+            "transformers/modeling_rope_utils.py",
+            "old_context_len = ",
+            "context_len = ",
+            "'old_context_len =', an anchor of",
         ),
         ("llama_neuron.py", "self.Wqkv = ", "self.fused = ", "'self.Wqkv =', an anchor of"),
-        ("README.md", "| `repeat_kv` | none |", "| `expand_kv` | none |", "other rows"),
+        ("README.md", "| `repeat_kv` | in", "| `expand_kv` | in", "other rows"),
     ],
 )
 def test_a_source_that_has_changed_ends_in_one_line_and_code_2(file, old, new, named, tmp_path):
@@ -212,11 +258,11 @@ def test_values_are_those_of_a_real_run(page, converted, browser):
     captured = capture(converted("llama-3"), [PROMPT], 2)
     prompt = {name: tensor[:, : len(PROMPT)] for name, tensor in captured.items()}
     browser.open(page)
-    values = shown_values(browser, "LlamaAttention", "here", "q, k = apply_rotary_pos_emb(")
-    assert_shows(values["q"], prompt["layers.0.q"].transpose(1, 2))
-    assert_shows(values["k"], prompt["layers.0.k"].transpose(1, 2))
-    values = shown_values(browser, "LlamaAttention", "here", "y = self.attention(")
-    assert_shows(values["y"], prompt["layers.0.heads"].transpose(1, 2))
+    values = shown_values(browser, "LlamaAttention", "here", "query_states, key_states = apply_rotary_pos_emb(")
+    assert_shows(values["query_states"], prompt["layers.0.q"].transpose(1, 2))
+    assert_shows(values["key_states"], prompt["layers.0.k"].transpose(1, 2))
+    values = shown_values(browser, "LlamaAttention", "here", "attn_output = self.attention(")
+    assert_shows(values["attn_output"], prompt["layers.0.heads"].transpose(1, 2))
     values = shown_values(browser, "LlamaAttention", "here", "return self.o_proj(")
     assert_shows(values["returns"], prompt["layers.0.attention"])
     values = shown_values(browser, "LlamaMLP", "here", "return self.down_proj(")
@@ -253,7 +299,7 @@ def test_each_attention_and_each_cache_that_ran_has_values(page, browser):
     browser.open(page)
     lines = {
         "sdpa_attention_forward": {"hf": "functional.scaled_dot_product_attention(", "here": "return F.scaled_dot"},
-        "flash-attention-a-kernel": {"here": "return (output / total)"},
+        "flash-attention-a-kernel": {"here": "output = output / total"},
         "StaticLayer-DynamicCache": {"hf": "def update(", "here": "def update("},
         "LlamaRotaryEmbedding-ROPE_INIT_FUNCTIONS": {"hf": "inv_freq, self.attention", "here": "inv_freq = 1.0 /"},
     }
@@ -270,7 +316,7 @@ def test_on_two_ranks_shapes_are_those_of_rank_0(converted, browser, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     browser.open(tmp_path / "page.html")
-    values = shown_values(browser, "LlamaAttention", "here", "q, k = apply_rotary_pos_emb(")
+    values = shown_values(browser, "LlamaAttention", "here", "query_states, key_states = apply_rotary_pos_emb(")
     assert [kind for kind, _, _ in values.values()] == ["[1, 4, 5, 8] float32", "[1, 1, 5, 8] float32"]
 
 
@@ -288,12 +334,12 @@ def test_without_a_checkpoint_the_page_has_no_values(browser, tmp_path):
     "arguments, named",
     [
         (["nowhere/page.html"], "nowhere/page.html"),
-        (["."], "no regular file"),
-        (["{tmp}/pipe"], "no regular file"),
-        (["{tmp}/dangling"], "no regular file"),
+        (["."], "not a regular file"),
+        (["{tmp}/pipe"], "not a regular file"),
+        (["{tmp}/dangling"], "not a regular file"),
         (["{tmp}/page.html", "--hf", "{hf}"], "--ckpt"),
         (["{tmp}/page.html", "--prompt", "text"], "--ckpt"),
-        (["{tmp}/page.html", "--ckpt", "{hf}"], "no finished conversion"),
+        (["{tmp}/page.html", "--ckpt", "{hf}"], "not a complete conversion"),
         (["{tmp}/page.html", "--ckpt", "{ckpt}", "--hf", "nowhere", "--prompt-ids", "1"], "nowhere"),
         (["{tmp}/page.html", "--ckpt", "{ckpt}", "--hf", "{other}", "--prompt-ids", "1"], "was converted from"),
         (["{tmp}/page.html", "--ckpt", "{ckpt}", "--prompt", "text"], "tokenizer.json"),

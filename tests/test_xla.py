@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from conftest import FAMILIES, command, hf_greedy, hf_model
 from convert_weights import convert
-from llama_neuron import ATTENTION, KVCache, NeuronKVCache, Parts, generate, load_model
+from llama_neuron import ATTENTION, REFERENCE, Backend, KVCache, NeuronKVCache, backend_for, generate, load_model
+from tests.helpers import FAMILIES, command, hf_greedy, hf_model
 from tests.nxd.one_layer import one_layer
 
 PROMPTS, NEW = [[5, 11, 2, 60, 33, 47, 3], [7, 1, 40], [64, 9, 13, 21, 8]], 2
@@ -137,11 +137,11 @@ def compare_tensors(call: Call, expected: list, got: list, total: Comparison) ->
 
 
 @torch.no_grad()
-def run_and_compare(hf: Path, ckpt: Path, parts: Parts, prompts: list[list[int]], total: Comparison) -> None:
+def run_and_compare(hf: Path, ckpt: Path, backend: Backend, prompts: list[list[int]], total: Comparison) -> None:
     """Greedy decoding of unequal prompts, and their logits at once: ids are HF's, logits and caches a CPU's."""
     settings = {"batch_size": len(prompts), "sequence_length": None}
-    on_device = load_model(ckpt, parts=parts, device=torch_xla.device(), **settings)
-    reference = load_model(ckpt, parts=Parts(), **settings)
+    on_device = load_model(ckpt, backend=backend, device=torch_xla.device(), **settings)
+    reference = load_model(ckpt, backend=REFERENCE, **settings)
     ids = torch.tensor([row + [0] * (len(PROMPTS[0]) - len(row)) for row in prompts], dtype=torch.int32)
     positions = torch.arange(ids.shape[1], dtype=torch.int32).expand_as(ids).contiguous()
     with Recorder() as recorder:
@@ -158,17 +158,17 @@ def run_and_compare(hf: Path, ckpt: Path, parts: Parts, prompts: list[list[int]]
 
 
 @pytest.fixture(scope="module")
-def nxd_parts() -> Iterator[Parts]:
+def nxd_backend() -> Iterator[Backend]:
     """What NxD's path is made of; this file's layers and norm where NxD is not installed."""
     if find_spec("neuronx_distributed") is None:
-        yield Parts(cache=NeuronKVCache, static=True)
+        yield replace(REFERENCE, KVCache=NeuronKVCache, static_shapes=True)
         return
     from neuronx_distributed import NxDParallelState
     from neuronx_distributed.parallel_layers import parallel_state
 
     with NxDParallelState(world_size=1, tensor_model_parallel_size=1):
         parallel_state.set_aot_mode(False)  # in it a layer lists its weight twice
-        yield Parts.of_device("nxd")
+        yield backend_for("nxd")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,7 +187,7 @@ def test_every_op_computes_what_a_cpu_does(
     vocab_parallel: bool,
     family: str,
     hf_checkpoint: Callable,
-    nxd_parts: Parts,
+    nxd_backend: Backend,
     tmp_path: Path,
 ) -> None:
     """Batches of one, two and three; chunks of a prompt, tokens, and a whole prompt."""
@@ -195,10 +195,10 @@ def test_every_op_computes_what_a_cpu_does(
     settings = {"sequence_length": length, "prefill_chunk_size": 4, "vocab_parallel": vocab_parallel}
     hf = one_layer(hf_checkpoint(family))
     convert(hf, tmp_path, tp_degree=1, **settings)
-    parts = replace(nxd_parts, cache=kv_cache, attention=ATTENTION[attn])
+    backend = replace(nxd_backend, KVCache=kv_cache, attention=ATTENTION[attn])
     total = Comparison()
     for batch in (1, 2, 3):
-        run_and_compare(hf, tmp_path, parts, PROMPTS[:batch], total)
+        run_and_compare(hf, tmp_path, backend, PROMPTS[:batch], total)
     print(f"{total.calls} calls of {len(total.ops)} ops, off by {total.worst:.1e}: {' '.join(sorted(total.ops))}")
 
 

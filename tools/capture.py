@@ -31,23 +31,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from checkpoint.output import replacing, write_tensors
+from launch.command import run_command
 from llama_neuron import (
+    Backend,
     LlamaConfig,
     LlamaForCausalLM,
     NeuronConfig,
-    Parts,
     UsageError,
-    check_seal,
-    compile_nxd,
     generate,
     integers,
     load_model,
+    load_nxd,
     positive_int,
-    run_command,
     shard_heads,
     start,
 )
-from tools.output import replacing, write_tensors
 
 SHARDED = ("q", "heads", "k", "v")  # a rank has some of the heads
 OF_LAYER = (*SHARDED, "attention", "mlp")
@@ -57,25 +56,25 @@ class CaptureModel(LlamaForCausalLM):
     """`LlamaForCausalLM` that returns what it computes on the way. No forward changes: the cache is given k and v, the
     attention q, and hooks see what modules return."""
 
-    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, parts: Parts) -> None:
+    def __init__(self, config: LlamaConfig, neuron: NeuronConfig, backend: Backend) -> None:
         seen: dict[str, list[Tensor]] = {kind: [] for kind in ("final_norm", "hidden_states", *OF_LAYER)}
 
         def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-            y = parts.attention(q, k, v, mask, scaling)
+            y = backend.attention(q, k, v, mask, scaling)
             seen["q"].append(q)
             seen["heads"].append(y)
             return y
 
-        class Cache(parts.cache):
-            def update(self, k: Tensor, v: Tensor, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        class Cache(backend.KVCache):
+            def update(self, k: Tensor, v: Tensor, position_ids: Tensor, kv_length: int) -> tuple[Tensor, Tensor]:
                 seen["k"].append(k)
                 seen["v"].append(v)
-                return super().update(k, v, position_ids, length)
+                return super().update(k, v, position_ids, kv_length)
 
         def record(module: nn.Module, kind: str) -> None:
             module.register_forward_hook(lambda module, args, output: seen[kind].append(output))
 
-        super().__init__(config, neuron, replace(parts, cache=Cache, attention=attention))
+        super().__init__(config, neuron, replace(backend, KVCache=Cache, attention=attention))
         self.seen = seen
         record(self.model.norm, "final_norm")
         record(self.model.embed_tokens, "hidden_states")
@@ -85,11 +84,11 @@ class CaptureModel(LlamaForCausalLM):
             record(layer.mlp, "mlp")
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, length: int | None = None
+        self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None, kv_length: int | None = None
     ) -> list[Tensor]:
         """What `output_names` lists, on every rank; q, heads, k and v as [B,T,nD], the heads of all ranks side by side.
         `last` is ignored: NxD's graphs are called with it."""
-        outputs = [super().forward(input_ids, position_ids, length=length)]
+        outputs = [super().forward(input_ids, position_ids, kv_length=kv_length)]
         normed = self.seen["final_norm"][0]  # B T E
         outputs.append(self.greedy(normed.flatten(0, 1)).view(input_ids.shape))
         for kind, tensors in self.seen.items():
@@ -116,11 +115,16 @@ class Recorder(nn.Module):
 
     def __init__(self, model: nn.Module, texts: list[list[int]]) -> None:
         super().__init__()
-        self.model, self.texts, self.calls = model, texts, []
-        self.config, self.neuron_config, self.static = model.config, model.neuron_config, model.static
+        self.model = model
+        self.texts = texts
+        self.calls: list[list[Tensor]] = []
+        self.config = model.config
+        self.neuron_config = model.neuron_config
+        self.static_shapes = model.static_shapes
+        self.device = model.device
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor, **length: int) -> Tensor:
-        outputs = [x.cpu() for x in self.model(input_ids, position_ids, last, **length)]
+    def forward(self, input_ids: Tensor, position_ids: Tensor, last: Tensor, **kv_length: int) -> Tensor:
+        outputs = [x.cpu() for x in self.model(input_ids, position_ids, last, **kv_length)]
         self.calls.append(outputs)
         choices = outputs[1][torch.arange(len(last)), last.cpu()].long()  # B
         for row, text in enumerate(self.texts):
@@ -133,7 +137,7 @@ class Recorder(nn.Module):
 def load(ckpt: str | Path, rank: int, device: str, batch_size: int) -> nn.Module:
     """A CaptureModel, or graphs of it, as `llama_neuron.py` runs them on this device."""
     if device == "nxd":
-        return compile_nxd(ckpt, batch_size=batch_size, parts=Parts.of_device(device), model_class=CaptureModel)
+        return load_nxd(ckpt, batch_size=batch_size, model_class=CaptureModel)
     return load_model(ckpt, rank, batch_size=batch_size, device=device, model_class=CaptureModel)
 
 
@@ -165,7 +169,6 @@ def capture(
     `forced` [B][new_tokens]: ids that are fed, and stand in `ids`, in place of the greedy choices. Says on stderr if
     copies of a head differ. Raises UsageError as `load_model` and `generate` do, and if the new tokens do not fit.
     """
-    check_seal(ckpt, [rank])
     neuron, length = NeuronConfig.from_pretrained(ckpt), max(map(len, prompts)) + new_tokens
     if length > neuron.sequence_length:
         room = f"{ckpt} has room for {neuron.sequence_length} tokens"

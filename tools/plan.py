@@ -21,8 +21,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert_weights import FLAG_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
-from llama_neuron import LlamaConfig, NeuronConfig, positive_int, run_command, shard_heads
+from checkpoint.config import SETTINGS_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
+from launch.command import run_command
+from llama_neuron import LlamaConfig, NeuronConfig, positive_int, shard_heads
 
 # Gigabytes of a NeuronCore (of a logical one, LNC 2, on trn2 and trn3), and the degrees that the runtime supports: AWS
 # Neuron documentation, "NxD Inference Features Configuration Guide", section "Tensor-parallelism support". It does not
@@ -205,13 +206,13 @@ def main() -> None:
     add("--json", action="store_true", help="print a list, with exact bytes, instead of text")
     args = parser.parse_args()
     for tp in args.tp:
-        read_keys({"--tp": tp}, {"--tp": FLAG_KEYS["--tp"]}, "flags")
+        read_keys({"--tp": tp}, {"--tp": SETTINGS_KEYS["tp_degree"]}, "flags")
 
     hf_config = read_config(args.hf)
     config, static_limit = llama_config(hf_config), length_limit(hf_config)
     limit = min(hf_config["max_position_embeddings"], static_limit or 10**9)
     neuron = NeuronConfig(torch_dtype=hf_config.get("dtype", "bfloat16"), max_sequence_length=static_limit)
-    neuron = neuron.with_shape(args.batch_size, args.sequence_length or min(2048, limit))
+    neuron = neuron.with_cache(args.batch_size, args.sequence_length or min(2048, limit))
     plans = [plan(config, replace(neuron, tp_degree=tp), limit) for tp in args.tp]
     if args.json:
         print(json.dumps(plans, indent=2))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import hf_model
+from tests.helpers import hf_model
 
 
 @cache

@@ -2,7 +2,7 @@
 
     join(timeout)  # in each rank, in place of init_process_group
 
-Rank 0 listens to all others, and they to rank 0, as `cpu/ranks.py` does for ranks that were forked.
+Rank 0 listens to all others, and they to rank 0, as `launch/ranks.py` does for ranks that were forked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from cpu.ranks import BEAT, DONE, FAILED, GRACE, Listener, Sender, die_with_parent, no_answer
+from launch.ranks import BEAT, DONE, FAILED, GRACE, Listener, Sender, die_with_parent, no_answer
 
 FAILURE = "failed: its host says why"
 
 
+def program() -> str:
+    """The command's name in its messages: its package's, where `python -m` runs a __main__.py."""
+    path = Path(sys.argv[0])
+    return f"{path.parent.name}.py" if path.name == "__main__.py" else path.name
+
+
 def complain(what: str) -> None:
     """One line, as the command itself would say it."""
-    print(f"{Path(sys.argv[0]).name}: error: {what}", file=sys.__stderr__, flush=True)
+    print(f"{program()}: error: {what}", file=sys.__stderr__, flush=True)
 
 
 def may_speak() -> bool:
@@ -46,7 +52,8 @@ def may_speak() -> bool:
 
 def agents_store(timeout: float) -> dist.Store:
     """What the ranks of all hosts can read and write, in the process of torchrun on the first host."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, timeout=timedelta(seconds=timeout), wait_for_workers=False)
     return dist.PrefixStore(f"ranks/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
@@ -96,13 +103,16 @@ class Ties(threading.Thread):
 
     def __init__(self, timeout: float) -> None:
         super().__init__(daemon=True)
-        self.timeout, self.joined, self.complete = timeout, False, threading.Event()
+        self.timeout = timeout
+        self.joined = False
+        self.complete = threading.Event()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
         self.rank, ranks, local_rank, local_ranks, self.host = (int(os.environ[name]) for name in names)
         first = self.rank - local_rank
         self.here = range(first, first + local_ranks)  # the ranks on this host
         self.places: dict[int, tuple[int, int]] = {}  # host and process id of ranks
-        self.sender, self.server = Sender(), None
+        self.sender = Sender()
+        self.server = None
         self.listener = Listener([0] if self.rank else range(1, ranks), timeout)
         if self.rank == 0:
             self.listen()
@@ -133,7 +143,8 @@ class Ties(threading.Thread):
 
     def connect(self) -> None:
         """Other ranks: makes the line to rank 0."""
-        store, until = agents_store(self.timeout), time.monotonic() + self.timeout
+        store = agents_store(self.timeout)
+        until = time.monotonic() + self.timeout
         while not store.check(["rank0"]):
             if time.monotonic() > until:
                 raise ChildProcessError(f"rank 0 {no_answer(self.timeout)}")
@@ -150,7 +161,8 @@ class Ties(threading.Thread):
     def add(self, connected: socket.socket, rank: int, host: int, pid: int) -> None:
         connected.settimeout(None)
         line = Connection(connected.detach())
-        self.listener.lines[line], self.places[rank] = rank, (host, pid)
+        self.listener.lines[line] = rank
+        self.places[rank] = (host, pid)
         self.sender.lines.append(line)
 
     def run(self) -> None:

@@ -1,5 +1,5 @@
-"""Hugging Face's Llama as the oracle of an audit: what it computes on the way to the logits, and what each step would
-give from other inputs.
+"""Hugging Face's Llama as the oracle of an audit: what it computes on the way to the logits, and what each of its
+steps would give from other inputs.
 
 Names are those of `tools.capture`, for one text, without B: P positions, E hidden size, H query heads, K key/value
 heads, D head_dim, V vocabulary.
@@ -16,19 +16,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert_weights import llama_config, open_checkpoint, read_config
+from checkpoint.config import llama_config, read_config
+from checkpoint.tensors import open_checkpoint
 from llama_neuron import UsageError
 
-EXACT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# of a layer, in the order of the data; the optional ones are compared if a capture has them
+EXACT = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float64,
+}
+# a layer's steps in the order of the data; the optional ones are compared if a capture has them
 STEPS = ("input_layernorm", "q_proj", "k_proj", "q", "k", "v", "heads", "attention", "post_attention_layernorm", "mlp")
 OPTIONAL = ("input_layernorm", "q_proj", "k_proj", "post_attention_layernorm")
 
 
 def stored_dtype(hf: Path) -> torch.dtype:
     """The dtype of a checkpoint's tensors."""
-    checkpoint = open_checkpoint(hf, llama_config(read_config(hf)))
-    return checkpoint.get(next(iter(checkpoint.slices)), stop=1).dtype
+    config = llama_config(read_config(hf))
+    checkpoint = open_checkpoint(hf, config)
+    first_name = next(iter(checkpoint.slices))
+    return checkpoint.get(first_name, stop=1).dtype
 
 
 def load_hf(hf: Path, dtype: torch.dtype) -> nn.Module:
@@ -58,7 +65,10 @@ def tapped(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         hooks.append(module.register_forward_hook(keep))
 
     def record_input(name: str, module: nn.Module) -> None:
-        hooks.append(module.register_forward_pre_hook(lambda module, args: seen[name].append(args[0])))
+        def keep(module: nn.Module, args: tuple) -> None:
+            seen[name].append(args[0])
+
+        hooks.append(module.register_forward_pre_hook(keep))
 
     record("cos", model.model.rotary_emb, 0)
     record("sin", model.model.rotary_emb, 1)
@@ -66,13 +76,14 @@ def tapped(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     record("final_norm", model.model.norm)
     for number, layer in enumerate(model.model.layers):
         prefix = f"layers.{number}."
+        attention = layer.self_attn
         record(f"hidden_states.{number + 1}", layer)
         record(prefix + "input_layernorm", layer.input_layernorm)
-        record(prefix + "q_proj", layer.self_attn.q_proj)
-        record(prefix + "k_proj", layer.self_attn.k_proj)
-        record(prefix + "v", layer.self_attn.v_proj)
-        record_input(prefix + "heads", layer.self_attn.o_proj)
-        record(prefix + "attention", layer.self_attn, 0)
+        record(prefix + "q_proj", attention.q_proj)
+        record(prefix + "k_proj", attention.k_proj)
+        record(prefix + "v", attention.v_proj)
+        record_input(prefix + "heads", attention.o_proj)
+        record(prefix + "attention", attention, 0)
         record(prefix + "post_attention_layernorm", layer.post_attention_layernorm)
         record(prefix + "mlp", layer.mlp)
     try:
@@ -83,7 +94,12 @@ def tapped(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 @torch.inference_mode()
-def run_hf(model: nn.Module, prompt: list[int], new_tokens: int, forced: list[int] | None = None) -> dict[str, Tensor]:
+def run_hf(
+    model: nn.Module,
+    prompt: list[int],
+    new_tokens: int,
+    forced: list[int] | None = None,
+) -> dict[str, Tensor]:
     """HF's own `generate`: the prompt, then each new token fed back; greedy, or the tokens of `forced`.
 
     `ids` int64 [P+M]; at the P+M-1 positions that were fed: logits, and all that `tapped` sees, with heads apart
@@ -96,24 +112,38 @@ def run_hf(model: nn.Module, prompt: list[int], new_tokens: int, forced: list[in
         return [forced[len(text) - len(prompt)]]
 
     model.generation_config.eos_token_id = None  # a text does not end
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
-    settings.output_logits = settings.return_dict_in_generate = True
-    force = {} if forced is None else {"prefix_allowed_tokens_fn": allowed}
+    settings = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    force = {}
+    if forced is not None:
+        force["prefix_allowed_tokens_fn"] = allowed
     ids = torch.tensor([prompt])
+    attention_mask = torch.ones_like(ids)
     with tapped(model) as seen:
-        out = model.generate(ids, settings, attention_mask=torch.ones_like(ids), **force)
-    tensors = {name: torch.cat(outputs, dim=1)[0] for name, outputs in seen.items()}  # P+M-1 ...
-    cos, sin = tensors.pop("cos"), tensors.pop("sin")
-    for name, tensor in tensors.items():
+        out = model.generate(ids, settings, attention_mask=attention_mask, **force)
+    tensors = {}
+    for name, outputs in seen.items():
+        tensors[name] = torch.cat(outputs, dim=1)[0]  # P+M-1 ...
         if name.endswith((".q_proj", ".k_proj", ".v", ".heads")):
-            tensors[name] = tensor.unflatten(-1, (-1, model.config.head_dim))  # P+M-1 n D
+            tensors[name] = tensors[name].unflatten(-1, (-1, model.config.head_dim))  # P+M-1 n D
+    cos = tensors.pop("cos")
+    sin = tensors.pop("sin")
     for number in range(len(model.model.layers)):
         prefix = f"layers.{number}."
-        rotated = apply_rotary_pos_emb(tensors[prefix + "q_proj"], tensors[prefix + "k_proj"], cos, sin)
-        tensors[prefix + "q"], tensors[prefix + "k"] = rotated
-    prefill = model.lm_head(seen["final_norm"][0])[0]  # as HF's forward does; `generate` asks for the last one only
+        q = tensors[prefix + "q_proj"]
+        k = tensors[prefix + "k_proj"]
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        tensors[prefix + "q"] = q
+        tensors[prefix + "k"] = k
+    prefill = model.lm_head(seen["final_norm"][0])[0]  # `generate` asks HF's forward for the last position only
     tensors["logits"] = torch.cat([prefill, *out.logits[1:]]).float()
-    return tensors | {"ids": out.sequences[0]}
+    tensors["ids"] = out.sequences[0]
+    return tensors
 
 
 @contextmanager
@@ -127,21 +157,35 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         parameter.data = kept[name]
 
 
-def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **changed) -> Tensor:
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    **changed,
+) -> Tensor:
     """HF's `eager_attention_forward` of one text: q [P,H,D], k and v [P,K,D] -> [P,H,D]. `mask` [P,P], bool, says who
-    sees whom; causal without one."""
+    sees whom; the default is causal. `changed` replaces arguments such as `scaling`."""
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
     if mask is None:
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    rows = (x.transpose(0, 1)[None] for x in (q, k, v))  # 1 n P D
-    return eager_attention_forward(module, *rows, bias[None, None], **{"scaling": module.scaling} | changed)[0][0]
+    lowest = torch.finfo(q.dtype).min
+    bias = torch.zeros(mask.shape, dtype=q.dtype)
+    bias = bias.masked_fill(~mask, lowest)
+    q = q.transpose(0, 1)[None]  # 1 H P D
+    k = k.transpose(0, 1)[None]
+    v = v.transpose(0, 1)[None]
+    options = {"scaling": module.scaling, **changed}
+    output, _ = eager_attention_forward(module, q, k, v, bias[None, None], **options)
+    return output[0]
 
 
 def widen(mask: Tensor, x: Tensor) -> Tensor:
     """A mask of the first dimensions of x, with as many dimensions as x."""
-    return mask[(...,) + (None,) * (x.dim() - mask.dim())]
+    missing = x.dim() - mask.dim()
+    return mask[(..., *[None] * missing)]
 
 
 @dataclass(frozen=True)
@@ -152,18 +196,22 @@ class Seen:
     where: dict[str, Tensor]
 
     def fill(self, name: str, value: Tensor) -> Tensor:
-        """The subject's numbers, `value` where it has none."""
+        """The subject's values, and `value` where it has none."""
         if name not in self.tensors:
             return value
-        return torch.where(widen(self.where[name], value), self.tensors[name].to(value), value)
+        mask = widen(self.where[name], value)
+        own = self.tensors[name].to(value)
+        return torch.where(mask, own, value)
 
 
 class Walk:
-    """One text on its way through HF's modules in exact arithmetic. Each step goes on from what `given` has of the step
-    before, or else from its own result: with nothing given it is HF's model itself."""
+    """One text on its way through HF's modules in exact arithmetic. Each step starts from what `given` has of the step
+    before, or else from that step's own result: with nothing given it is HF's model itself."""
 
     def __init__(self, ids: Tensor, given: Seen) -> None:
-        self.ids, self.given, self.own = ids, given, {}
+        self.ids = ids
+        self.given = given
+        self.own: dict[str, Tensor] = {}
 
     def take(self, name: str, value: Tensor) -> Tensor:
         self.own[name] = value
@@ -177,20 +225,30 @@ class Walk:
     def through(self, layer: nn.Module, number: int) -> None:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-        attention, D = layer.self_attn, layer.self_attn.head_dim
+        attention = layer.self_attn
         prefix = f"layers.{number}."
-        normed = self.take(prefix + "input_layernorm", layer.input_layernorm(self.hidden))
-        q = self.take(prefix + "q_proj", attention.q_proj(normed).unflatten(-1, (-1, D)))  # P H D
-        k = self.take(prefix + "k_proj", attention.k_proj(normed).unflatten(-1, (-1, D)))  # P K D
-        v = self.take(prefix + "v", attention.v_proj(normed).unflatten(-1, (-1, D)))
+
+        def project(linear: nn.Module, x: Tensor) -> Tensor:
+            return linear(x).unflatten(-1, (-1, attention.head_dim))  # P n D
+
+        normed = layer.input_layernorm(self.hidden)
+        normed = self.take(prefix + "input_layernorm", normed)
+        q = self.take(prefix + "q_proj", project(attention.q_proj, normed))
+        k = self.take(prefix + "k_proj", project(attention.k_proj, normed))
+        v = self.take(prefix + "v", project(attention.v_proj, normed))
         q, k = apply_rotary_pos_emb(q, k, self.cos[0], self.sin[0])
-        q, k = self.take(prefix + "q", q), self.take(prefix + "k", k)
-        heads = self.take(prefix + "heads", attend(attention, q, k, v))  # P H D
-        attended = self.take(prefix + "attention", attention.o_proj(heads.flatten(-2)))  # P E
+        q = self.take(prefix + "q", q)
+        k = self.take(prefix + "k", k)
+        heads = attend(attention, q, k, v)  # P H D
+        heads = self.take(prefix + "heads", heads)
+        attended = attention.o_proj(heads.flatten(-2))  # P E
+        attended = self.take(prefix + "attention", attended)
         hidden = self.hidden + attended
-        normed = self.take(prefix + "post_attention_layernorm", layer.post_attention_layernorm(hidden))
+        normed = layer.post_attention_layernorm(hidden)
+        normed = self.take(prefix + "post_attention_layernorm", normed)
         mlp = self.take(prefix + "mlp", layer.mlp(normed))
-        self.hidden = self.take(f"hidden_states.{number + 1}", hidden + mlp)
+        hidden = hidden + mlp
+        self.hidden = self.take(f"hidden_states.{number + 1}", hidden)
 
     def finish(self, model: nn.Module) -> None:
         normed = self.take("final_norm", model.model.norm(self.hidden))
@@ -198,7 +256,12 @@ class Walk:
 
 
 @torch.inference_mode()
-def exact_steps(model: nn.Module, ids: Tensor, givens: list[Seen], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+def exact_steps(
+    model: nn.Module,
+    ids: Tensor,
+    givens: list[Seen],
+    dtype: torch.dtype,
+) -> list[dict[str, Tensor]]:
     """Each step of the text `ids` [P] in `dtype`, from what each of `givens` has for its inputs: name -> [P,...]. With
     nothing given they are HF's model in that dtype."""
     texts = [Walk(ids, given) for given in givens]

@@ -10,21 +10,45 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert_weights import expected_shapes, llama_config, read_config
+from checkpoint.config import expected_shapes, llama_config, read_config
 
-SHAPES = {  # Llama-3.2-1B and Llama-3.1-8B, without the scaling of their rotary frequencies
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
+# Llama-3.2-1B and Llama-3.1-8B, without the scaling of their rotary frequencies
+SHAPES = {
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
 }
-SHAPES["1b"] |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256}
-SHAPES["8b"] |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
-COMMON = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu"}
-COMMON |= {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
 
 
 def make_random(directory: Path, shape: str) -> None:
     """Writes a new HF directory in bfloat16: config.json, and a safetensors file for each layer, with an index. Memory
-    holds one layer or one table of embeddings at a time. The same numbers each time."""
+    holds one layer or one table of embeddings at a time. The values are the same each time."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(COMMON | SHAPES[shape], indent=2))
     shapes = expected_shapes(llama_config(read_config(directory)))
@@ -36,7 +60,8 @@ def make_random(directory: Path, shape: str) -> None:
 
     files = {}
     for number, (_, names) in enumerate(groupby(shapes, key=lambda name: name.split(".")[:3]), start=1):
-        tensors, file = {name: tensor(name) for name in names}, f"model-{number:05}.safetensors"
+        tensors = {name: tensor(name) for name in names}
+        file = f"model-{number:05}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         files |= dict.fromkeys(tensors, file)
         del tensors  # before the next ones are made

@@ -1,7 +1,7 @@
 """Speed of `llama_neuron.py` beside Hugging Face, llama.cpp and gpt-fast: `python -m tools.benchmark --hf DIR`, or with
 a random checkpoint, `--shape 1b`.
 
-A case is a competitor (`tools/competitors.py`) at one setting, in a process of its own that warms up and then measures.
+A case is a competitor (`competitors.py`) at one setting, in a process of its own that warms up and then measures.
 The cases of a group run one after the other, and the group `--rounds` times over, because a shared machine changes its
 speed from minute to minute: ratios are taken within a round, and what is printed is the median (and the range) of the
 rounds. The output says which competitors are missing here, and why.
@@ -27,14 +27,19 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 import torch
 
-from convert_weights import convert, expected_shapes, llama_config, read_config, require
-from llama_neuron import LlamaConfig, positive_int, run_command
-from tools.competitors import BASELINE, COMPETITORS, Case, Files, Seconds
-from tools.output import replacing
-from tools.random_checkpoint import SHAPES, make_random
+from checkpoint.config import expected_shapes, llama_config, read_config
+from checkpoint.output import replacing
+from convert_weights import convert
+from llama_neuron import LlamaConfig, UsageError, positive_int
+from tools.benchmark.competitors import BASELINE, COMPETITORS, Case, Files, Seconds
+from tools.benchmark.random_checkpoint import SHAPES, make_random
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SETTINGS = {  # of each group: what differs from the defaults of Case
     "bf16": [{}],
@@ -72,7 +77,8 @@ def cases(group: str, chosen: list[str]) -> list[Case]:
 
 def read_bandwidth() -> float:
     """GB/s that all threads read of memory: the best of five sums over 2 GiB."""
-    numbers, best = torch.ones(2**29), math.inf
+    numbers = torch.ones(2**29)
+    best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         numbers.sum()
@@ -135,7 +141,8 @@ def measure_processes(files: Files) -> dict[str, float]:
     """One round of what only a whole process shows, in bfloat16. Each name ends in its unit."""
     case = Case("llama_neuron eager")
     ckpt = COMPETITORS[case.system].source(case, files)
-    config, found = LlamaConfig.from_pretrained(ckpt), {}
+    config = LlamaConfig.from_pretrained(ckpt)
+    found = {}
     prompt = ",".join(map(str, case.prompts(config.vocab_size)[0]))
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * case.cache * config.head_dim  # keys, values
     held_bytes = size_of(ckpt) + 2 * cache
@@ -156,7 +163,8 @@ def measure_processes(files: Files) -> dict[str, float]:
     found["peak memory over weights and cache, --compile, MB"] = (timings["peak_rss_bytes"] - held_bytes) / 1e6
     with tempfile.TemporaryDirectory(dir=files.folder) as scratch:
         for tp in (1, 2):
-            out, again = Path(scratch, f"tp{tp}"), Path(scratch, f"tp{tp}-again")
+            out = Path(scratch, f"tp{tp}")
+            again = Path(scratch, f"tp{tp}-again")
             flags = ["--hf", files.hf, "--out", out, "--tp", tp, "--dtype", "bfloat16"]
             wall, _ = run_process(sys.executable, "convert_weights.py", *flags)
             found[f"conversion, tp {tp}, GB/s"] = size_of(out) / wall / 1e9
@@ -185,7 +193,8 @@ def against(samples: list[Sample], others: list[Sample], key: str) -> float:
 def table(group: str, results: Results) -> str:
     """Markdown. Ratios: speed of decoding and time of prefill against BASELINE at the same setting, or in `cache`
     against the same competitor with 512 slots; "-" if that was not measured."""
-    other, measured = "cache 512" if group == "cache" else BASELINE, dict(results)
+    other = "cache 512" if group == "cache" else BASELINE
+    measured = dict(results)
     lines = [f"| case | decode tokens/s | x {other} | share of read bandwidth | prefill ms | x {other} |"]
     lines.append("| --- " * 6 + "|")
     for case, samples in results:
@@ -217,35 +226,49 @@ def process_table(samples: list[dict[str, float]]) -> str:
 
 
 def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
-    """Tokens/s of every competitor; and in FILE-length.png, milliseconds against the length of the text."""
-    from matplotlib.figure import Figure
-
-    rates = {case.system: median(1 / sample["step_s"] for sample in samples) for case, samples in bf16}
-    names = sorted(rates, key=rates.get)
-    bars = Figure(figsize=(8, 1.6 + 0.32 * len(names)), layout="constrained")
-    axes = bars.subplots()
-    drawn = axes.barh(names, [rates[name] for name in names], color=[COMPETITORS[name].color for name in names])
-    axes.bar_label(drawn, fmt="%.1f", padding=3)
-    axes.margins(x=0.12)
-    axes.set(title="decoding after 128 tokens", xlabel="tokens/s")
-
-    lines = Figure(figsize=(11, 5.4), layout="constrained")
-    decode, prefill = lines.subplots(1, 2)
-    for axes, key, what in ((decode, "step_s", "decoding one token"), (prefill, "prefill_s", "prefill")):
-        for name in dict.fromkeys(case.system for case, _ in length):
-            found = [(case.prompt, samples) for case, samples in length if case.system == name]
-            milliseconds = [median(sample[key] for sample in samples) * 1e3 for _, samples in found]
-            axes.plot([prompt for prompt, _ in found], milliseconds, "o-", color=COMPETITORS[name].color, label=name)
-        prompts = sorted({case.prompt for case, _ in length})
-        axes.set(title=what, xlabel="tokens of the text", xticks=prompts, ylabel="ms", ylim=(0, None))
-        axes.tick_params(axis="x", labelsize=8)  # 128 and 256 are close
-        axes.grid(axis="y", alpha=0.3)
-    lines.legend(*decode.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-
-    for figure, path in ((bars, file), (lines, file.with_stem(f"{file.stem}-length"))):
+    """Tokens/s of every competitor; and in FILE-length.png, milliseconds against the length of the prompt."""
+    pictures = {file: draw_rates(bf16), file.with_stem(f"{file.stem}-length"): draw_lengths(length)}
+    for path, figure in pictures.items():
         figure.suptitle(fill(title, 12 * int(figure.get_figwidth())), fontsize=9)
         with replacing(path) as stream:
             figure.savefig(stream, dpi=110, format="png")
+
+
+def draw_rates(results: Results) -> Figure:
+    """A bar for every competitor."""
+    from matplotlib.figure import Figure
+
+    rates = {}
+    for case, samples in results:
+        rates[case.system] = median(1 / sample["step_s"] for sample in samples)
+    names = sorted(rates, key=rates.get)
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, [rates[name] for name in names], color=[COMPETITORS[name].color for name in names])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
+    axes.set(title="decoding after 128 tokens", xlabel="tokens/s")
+    return figure
+
+
+def draw_lengths(results: Results) -> Figure:
+    """A line for every competitor, for decoding and for prefill."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    decode, prefill = figure.subplots(1, 2)
+    prompts = sorted({case.prompt for case, _ in results})
+    for axes, key, title in ((decode, "step_s", "decoding one token"), (prefill, "prefill_s", "prefill")):
+        for name in dict.fromkeys(case.system for case, _ in results):
+            found = [(case.prompt, samples) for case, samples in results if case.system == name]
+            lengths = [prompt for prompt, _ in found]
+            milliseconds = [median(sample[key] for sample in samples) * 1e3 for _, samples in found]
+            axes.plot(lengths, milliseconds, "o-", color=COMPETITORS[name].color, label=name)
+        axes.set(title=title, xlabel="prompt tokens", xticks=prompts, ylabel="ms", ylim=(0, None))
+        axes.tick_params(axis="x", labelsize=8)  # 128 and 256 are close
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(*decode.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 # ---- command line
@@ -253,24 +276,48 @@ def draw(bf16: Results, length: Results, title: str, file: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed beside HF and others.", usage=argparse.SUPPRESS)
-    add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--hf", type=Path, metavar="DIR", help="HF checkpoint")
-    shape = (
-        "random weights in the shape of Llama-3.2-1B or Llama-3.1-8B. Files in TMPDIR: 1b, 12 GB for the groups bf16 "
+    model.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="random weights in the shape of Llama-3.2-1B or Llama-3.1-8B. Files in TMPDIR: 1b, 12 GB for the groups "
+        "bf16 and length, 40 GB for all; 8b, 50 GB for bf16 with --only 'llama_neuron compile' llama.cpp",
     )
-    shape += "and length, 40 GB for all; 8b, 50 GB for bf16 with --only 'llama_neuron compile' llama.cpp"
-    model.add_argument("--shape", choices=SHAPES, help=shape)
-    add("--groups", nargs="+", choices=GROUPS, default=GROUPS, metavar="GROUP", help=f"default: {' '.join(GROUPS)}")
-    add("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
-    add("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
-    only = f"these competitors alone (not in the group process): {'; '.join(COMPETITORS)}"
-    add("--only", nargs="+", choices=COMPETITORS, default=COMPETITORS, metavar="NAME", help=only)
-    add("--gpt-fast", type=Path, metavar="DIR", help="a checkout of gpt-fast, to measure it as well")
-    add("--json", action="store_true", help="print all samples as one JSON object instead of tables")
-    add("--chart", type=Path, metavar="FILE.png", help="draw the group bf16, and length as FILE-length.png")
-    add("--case", type=json.loads, help=argparse.SUPPRESS)  # in the process of a case
-    add("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=GROUPS,
+        default=GROUPS,
+        metavar="GROUP",
+        help=f"default: {' '.join(GROUPS)}",
+    )
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=COMPETITORS,
+        default=COMPETITORS,
+        metavar="NAME",
+        help=f"these competitors alone (not in the group process): {'; '.join(COMPETITORS)}",
+    )
+    parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="a checkout of gpt-fast, to measure it as well")
+    parser.add_argument("--json", action="store_true", help="print all samples as one JSON object instead of tables")
+    parser.add_argument(
+        "--chart",
+        type=Path,
+        metavar="FILE.png",
+        help="draw the group bf16, and length as FILE-length.png",
+    )
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)  # in the process of a case
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -284,15 +331,18 @@ def main() -> None:
         return
     if args.hf:
         read_config(args.hf)  # raises UsageError now, not in the first case
-    checkout = args.gpt_fast is None or (args.gpt_fast / "model.py").exists()
-    require(checkout, f"--gpt-fast {args.gpt_fast} holds no model.py: name a checkout")
+    if args.gpt_fast is not None and not (args.gpt_fast / "model.py").exists():
+        raise UsageError(f"--gpt-fast {args.gpt_fast} holds no model.py: name a checkout")
     reasons = {name: COMPETITORS[name].missing(files) for name in args.only}
     missing = {name: reason for name, reason in reasons.items() if reason}
-    todo = {group: cases(group, [name for name in args.only if name not in missing]) for group in args.groups}
-    drawn = todo.get("bf16") and todo.get("length")
-    require(args.chart is None or drawn, "--chart draws bf16 and length: add both groups")
+    chosen = [name for name in args.only if name not in missing]
+    todo = {group: cases(group, chosen) for group in args.groups}
+    if args.chart is not None and not (todo.get("bf16") and todo.get("length")):
+        raise UsageError("--chart draws bf16 and length: add both groups")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    results, processes = {}, []
+
+    results = {}
+    processes = []
     with tempfile.TemporaryDirectory() as scratch:
         files = replace(files, hf=args.hf or Path(scratch, f"random-{args.shape}"), folder=Path(scratch))
         if args.shape:
@@ -302,19 +352,15 @@ def main() -> None:
                 processes = [measure_processes(files) for _ in range(args.rounds)]
             elif todo[group]:
                 results[group] = run_in_turn(todo[group], args.rounds, files)
+
     not_measured = ["gpt-fast in other groups than bf16 (left out here)"]
     not_measured += [f"{name} (--only)" for name in COMPETITORS if name not in args.only]
     not_measured += [f"{name} ({reason})" for name, reason in missing.items()]
-    setting = f"{date.today()}, {files.hf.resolve().name}, {args.threads} threads, {platform.machine()}, "
-    setting += f"{args.rounds} rounds, torch {torch.__version__}, transformers {version('transformers')}"
-    if "llama.cpp" in args.only and "llama.cpp" not in missing:
-        setting += f", llama_cpp_python {version('llama_cpp_python')}"
+    setting = describe_setting(args, files.hf.resolve().name, chosen)
     if args.chart:
         draw(results["bf16"], results["length"], setting, args.chart)
     if args.json:
-        rows = {name: [asdict(case) | {"samples": found} for case, found in rows] for name, rows in results.items()}
-        answer = {"setting": setting, "not_measured": not_measured, "groups": rows, "process": processes}
-        print(json.dumps(answer, indent=2))
+        print_json(setting, not_measured, results, processes)
         return
     print(f"{setting}; medians (ranges)\n\nNot measured: {'; '.join(not_measured)}.")
     for group, found in results.items():
@@ -323,5 +369,23 @@ def main() -> None:
         print(f"\n{process_table(processes)}")
 
 
-if __name__ == "__main__":
-    run_command(main)
+def describe_setting(args: argparse.Namespace, model: str, chosen: list[str]) -> str:
+    """When, of what, on what and with which versions it was measured."""
+    parts = [f"{date.today()}", model, f"{args.threads} threads", platform.machine(), f"{args.rounds} rounds"]
+    parts += [f"torch {torch.__version__}", f"transformers {version('transformers')}"]
+    if "llama.cpp" in chosen:
+        parts.append(f"llama_cpp_python {version('llama_cpp_python')}")
+    return ", ".join(parts)
+
+
+def print_json(
+    setting: str,
+    not_measured: list[str],
+    results: dict[str, Results],
+    processes: list[dict[str, float]],
+) -> None:
+    groups = {}
+    for group, found in results.items():
+        groups[group] = [asdict(case) | {"samples": samples} for case, samples in found]
+    answer = {"setting": setting, "not_measured": not_measured, "groups": groups, "process": processes}
+    print(json.dumps(answer, indent=2))

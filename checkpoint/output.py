@@ -21,7 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from llama_neuron import UsageError, sha256
+from llama_neuron import UsageError
 
 RECORD = ".conversion"  # in a conversion's directory: the names of all that was written there, one a line
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     UsageError if `path` is a link, a directory or a device, OSError naming `path` if it cannot be written.
     """
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        raise UsageError(f"{path} cannot be written, it is no regular file: name another one, or remove it")
+        raise UsageError(f"{path} cannot be written, it is not a regular file: name another one, or remove it")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -61,19 +61,22 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     at_most: int,
     metadata: dict[str, str],
-    sealed: str | None = None,
+    seal: Callable[[dict[str, str], list[tuple]], str] | None = None,
     signals: list[int] | tuple = (),
 ) -> None:
     """Writes a safetensors file of at most so many tensors, in their order; those of wider dtypes have to come first,
     so that each begins at a multiple of its width. Memory holds two of them, not all. Raises KeyboardInterrupt before
     the next one if there are `signals`.
 
-    The header needs every shape, so it is written last, into a space that is kept free for it. If something is
-    `sealed`, the metadata get `seal`, its digest with names, dtypes, shapes and rank, which `check_seal` compares, and
-    data_sha256, that of all numbers, for `tools.verify`.
+    The header needs every shape, so it is written last, into a space that is kept free for it. With `seal`, the
+    metadata get what seal(metadata, table of names, dtypes and shapes) gives, which `check_seal` compares, and
+    data_sha256, the digest of all values, for `tools.verify`.
     """
     space = 64 * (64 + 4 * at_most)  # bytes: a tensor's entry has fewer than 256
-    header, table, digest, end = {}, [], hashlib.sha256(), 0
+    header = {}
+    table = []
+    digest = hashlib.sha256()
+    end = 0
     file.seek(space)
     jobs: list[Future] = []
     with ThreadPoolExecutor(2) as pool:
@@ -81,16 +84,19 @@ def write_tensors(
             if signals:
                 raise KeyboardInterrupt
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            dtype, shape, start, end = DTYPES[tensor.dtype], list(tensor.shape), end, end + len(data)
+            dtype = DTYPES[tensor.dtype]
+            shape = list(tensor.shape)
+            start = end
+            end = start + len(data)
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-            table.append((name, dtype, shape, name.endswith("rank") and tensor.tolist()))
+            table.append((name, dtype, shape))
             for job in jobs:
                 job.result()
             jobs = [pool.submit(file.write, data), pool.submit(digest.update, data)]
         for job in jobs:
             job.result()
-    if sealed is not None:
-        metadata = metadata | {"data_sha256": digest.hexdigest(), "seal": sha256(f"{sealed}{table}".encode())}
+    if seal is not None:
+        metadata = metadata | {"data_sha256": digest.hexdigest(), "seal": seal(metadata, table)}
     text = json.dumps({"__metadata__": metadata} | header).encode()
     assert len(text) <= space - 8, "more tensors than announced"
     file.seek(0)
@@ -111,11 +117,11 @@ def claim(out: Path, names: set[str], source: Path) -> Iterator[list[int]]:
     out.mkdir(parents=True, exist_ok=True)
     found = os.listdir(out)
     if found and RECORD not in found:
-        raise UsageError(f"--out {out} holds files, and no conversion: name a new or an empty directory")
+        raise UsageError(f"--out {out} holds files that are not a conversion: name a new or an empty directory")
     opened = os.open(out / RECORD, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     with os.fdopen(opened, "r+b") as record, deferred_signals() as signals:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
-            raise UsageError(f"--out {out}/{RECORD} is no regular file: name another directory")
+            raise UsageError(f"--out {out}/{RECORD} is not a regular file: name another directory")
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +134,7 @@ def claim(out: Path, names: set[str], source: Path) -> Iterator[list[int]]:
             if path.name in before and (path.lstat().st_dev, path.lstat().st_ino) in inputs:
                 raise UsageError(f"--out {path} is a file of {source}: name another directory")
             if path.name in names - before:
-                raise UsageError(f"--out {path} is of no conversion: move it, or name another directory")
+                raise UsageError(f"--out {path} is not from a conversion: move it, or name another directory")
         lines = ["", *sorted(names - before)]  # on a new line, even if the one before was cut off
         record.write(os.fsencode("\n".join(lines)))
         record.flush()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cpu.ranks import fork
+from launch.ranks import fork
 
 SLOT = 1 << 20  # bytes that a rank can show the others at one time
 
@@ -88,7 +88,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def __init__(self, rank: int, shared: Shared) -> None:
         ranks = range(len(shared.posts))
         super().__init__(rank, len(ranks))
-        self.me, self.slots, self.half = rank, shared.slots, 0
+        self.me = rank
+        self.slots = shared.slots
+        self.half = 0
         self.outgoing = [shared.posts[rank][reader] for reader in ranks if reader != rank]
         self.incoming = [shared.posts[writer][rank] for writer in ranks if writer != rank]
         self.views: dict[tuple, tuple[Tensor, Tensor]] = {}  # making them anew would take as long as all the rest
@@ -157,6 +159,9 @@ class SharedMemoryGroup(dist.ProcessGroup):
         for output, x in zip(outputs, inputs, strict=True):
             self.all_gather_single(output, x, opts)
         return self.done
+
+    _allgather_base = all_gather_single  # the names of both up to torch 2.9, which NxD needs
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> Done:
         for x in tensors:

@@ -2,7 +2,7 @@
 
     python -m tools.audit --hf ./Llama-3.2-1B --ckpt ./weights --prompt "The capital of France is" --html audit.html
 
-HF's Llama runs twice on the same ids: exactly (in float32; in float64 if float32 is audited) and in the audited dtype.
+HF's Llama runs twice on the same ids: exactly (in float32, or in float64 to audit float32) and in the audited dtype.
 The subject is this repository's model, or tensors that were captured elsewhere. At each place from the embedding to the
 logits, in prefill and in decoding with forced ids,
 
@@ -32,19 +32,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert_weights import DTYPES, llama_config, read_config, require
-from llama_neuron import NeuronConfig, UsageError, check_seal, integers, positive_int, run_command
-from tools import logit_rules
-from tools.captured import Captured, read_captured
-from tools.judge import Text, judge
-from tools.oracle import EXACT, load_hf, run_hf, stored_dtype
-from tools.output import write
+from checkpoint.config import DTYPES, llama_config, read_config
+from checkpoint.output import write
+from checkpoint.seal import check_seal
+from llama_neuron import NeuronConfig, UsageError, integers, positive_int
+from tools.audit import logit_rules
+from tools.audit.captured import Captured, read_captured
+from tools.audit.judge import Text, judge
+from tools.audit.oracle import EXACT, load_hf, run_hf, stored_dtype
 
 # ---- Hugging Face and the subject
 
 
 def read_prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
-    """Ids of --prompt and --prompt-ids, or --tokens random ones."""
+    """The ids of --prompt and --prompt-ids, or as many random ones as --tokens says."""
     if not args.prompts:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocab_size, (args.tokens,), generator=generator).tolist()]
@@ -58,14 +59,16 @@ def read_prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
             except Exception as error:  # transformers raises nearly all kinds
                 reason = str(error).partition("\n")[0]
                 raise UsageError(f"{args.hf} has no tokenizer that can be read: give --prompt-ids ({reason})") from None
-        require(prompt, "--prompt holds no token: give some text")
-        require(0 <= min(prompt) <= max(prompt) < vocab_size, f"--prompt-ids must be from 0 to {vocab_size - 1}")
+        if not prompt:
+            raise UsageError("--prompt holds no token: give some text")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise UsageError(f"--prompt-ids must be from 0 to {vocab_size - 1}")
         prompts.append(prompt)
     return prompts
 
 
 def capture_subject(args: argparse.Namespace, texts: list[list[int]], prompts: list[list[int]]) -> Captured:
-    """tools.capture of --ckpt, in a process of its own, as it is run on a Neuron host: HF's ids are forced."""
+    """Runs tools.capture on --ckpt with HF's ids forced, in a process of its own, as on a Neuron host."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "capture.safetensors")
         command = [sys.executable, "-m", "tools.capture", "--ckpt", Path(args.ckpt).resolve(), "--out", out]
@@ -76,34 +79,37 @@ def capture_subject(args: argparse.Namespace, texts: list[list[int]], prompts: l
             forced = text[len(prompt) :]
             command += ["--prompt-ids", ",".join(map(str, prompt)), "--forced-ids", ",".join(map(str, forced))]
         command += ["--max-new-tokens", args.new]
-        ran = subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[1], check=False)
+        ran = subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=False)
         if ran.returncode:  # it has said why
             sys.exit(ran.returncode)
         return read_captured(out, llama_config(read_config(args.hf)))
 
 
 def audited_dtype(args: argparse.Namespace, captured: Captured | None) -> str:
-    """The subject's dtype if it is known, else --dtype or that of the checkpoint."""
+    """The subject's dtype if it is known, else --dtype or the checkpoint's."""
     if args.ckpt:
-        source, own = f"--ckpt {args.ckpt}", NeuronConfig.from_pretrained(args.ckpt).torch_dtype
+        source = f"--ckpt {args.ckpt}"
+        own = NeuronConfig.from_pretrained(args.ckpt).torch_dtype
     else:
-        source, own = f"--captured {args.captured}", captured.facts.get("dtype")
+        source = f"--captured {args.captured}"
+        own = captured.facts.get("dtype")
     if own not in DTYPES:
         return args.dtype or str(stored_dtype(args.hf)).removeprefix("torch.")
-    require(args.dtype in (None, own), f"--dtype {args.dtype}: {source} is in {own}")
+    if args.dtype not in (None, own):
+        raise UsageError(f"--dtype {args.dtype}: {source} is in {own}")
     return own
 
 
 def make_texts(captured: Captured, hf_runs: list[dict], prompts: list[list[int]], dtype: torch.dtype) -> list[Text]:
-    """Rows of a capture beside HF's; shorter rows end in padding."""
+    """Each row of a capture beside HF's run; shorter rows end in padding."""
     texts = []
     for row, (hf, prompt) in enumerate(zip(hf_runs, prompts, strict=True)):
         fed = len(hf["ids"]) - 1
         subject = {name: x[row, :fed] for name, x in captured.tensors.items() if name in hf}
         seen = {name: captured.seen[name][row, :fed] for name in subject}
         for name, x in subject.items():
-            fits = x.shape == hf[name].shape
-            require(fits, f"{name} of the capture has shape {list(x.shape)}, HF's {list(hf[name].shape)}")
+            if x.shape != hf[name].shape:
+                raise UsageError(f"{name} of the capture has shape {list(x.shape)}, HF's {list(hf[name].shape)}")
         greedy = captured.greedy
         chosen = None if greedy is None else greedy[row, :fed]
         texts.append(Text(hf["ids"], len(prompt), subject, seen, hf, dtype, chosen))
@@ -111,20 +117,23 @@ def make_texts(captured: Captured, hf_runs: list[dict], prompts: list[list[int]]
 
 
 def audit_hf_itself(model: nn.Module, hf_runs: list[dict], prompts: list[list[int]], exact: nn.Module) -> None:
-    """HF as the subject, run again with its own ids forced through the same taps. Raises UsageError if an audit of it
-    does not say that it has the same bits: then nothing that the audit says of others would count."""
+    """Audits HF itself, run again with its own ids forced. Raises UsageError unless it gives the same bits: no
+    verdict about others could be trusted then."""
     texts = []
     for run, prompt in zip(hf_runs, prompts, strict=True):
-        again = run_hf(model, prompt, len(run["ids"]) - len(prompt), run["ids"][len(prompt) :].tolist())
+        forced = run["ids"][len(prompt) :].tolist()
+        again = run_hf(model, prompt, len(forced), forced)
         subject = {name: x for name, x in again.items() if name != "ids"}
         seen = {name: torch.ones(len(x), dtype=torch.bool) for name, x in subject.items()}
         texts.append(Text(run["ids"], len(prompt), subject, seen, dict(run), model.dtype))
     found = judge(texts, exact, model.dtype, 1, [])
+    limit = 16 * torch.finfo(model.dtype).eps
     for text in texts:
         for name, x in text.hf.items():
-            if name in text.hf_step:  # each step follows from those before it, to rounding
-                error = (x - text.hf_step[name]).norm() / text.hf_step[name].norm()
-                if not error < 16 * torch.finfo(model.dtype).eps:
+            if name in text.hf_step:  # each step follows from those before it, except for rounding
+                step = text.hf_step[name]
+                error = (x - step).norm() / step.norm()
+                if not error < limit:
                     raise UsageError(f"HF's own {name} does not follow from the steps before it: {error:.2g}")
     if not (found["passed"] and found["bitwise"]):
         raise UsageError("HF does not repeat itself here, its bits differ from run to run: set OMP_NUM_THREADS=1")
@@ -134,7 +143,10 @@ def audit(args: argparse.Namespace) -> dict:
     """The report."""
     began = time.perf_counter()
     config = llama_config(read_config(args.hf))
-    captured, prompts, forced, tp = None, None, None, args.tp or 1
+    captured = None
+    prompts = None
+    forced = None
+    tp = args.tp or 1
     if args.ckpt:
         check_seal(args.ckpt, [0])
         tp = NeuronConfig.from_pretrained(args.ckpt).tp_degree
@@ -149,7 +161,10 @@ def audit(args: argparse.Namespace) -> dict:
     exact = model if stored == dtype else load_hf(args.hf, stored)
     hf_runs = []
     for row, prompt in enumerate(prompts):
-        hf_runs.append(run_hf(model, prompt, len(forced[row]) if forced else args.new, forced and forced[row]))
+        if forced is None:
+            hf_runs.append(run_hf(model, prompt, args.new))
+        else:
+            hf_runs.append(run_hf(model, prompt, len(forced[row]), forced[row]))
     audit_hf_itself(model, hf_runs, prompts, exact)
     if captured is None:
         captured = capture_subject(args, [run["ids"].tolist() for run in hf_runs], prompts)
@@ -180,22 +195,25 @@ def audit(args: argparse.Namespace) -> dict:
 
 
 def captured_ids(args: argparse.Namespace, vocab_size: int) -> Tensor | None:
-    """Whole texts of --prompt-ids, for captures that do not tell their ids."""
+    """The whole texts, from --prompt-ids, for captures that do not hold their ids."""
     if not args.prompts:
         return None
     rows = read_prompts(args, vocab_size)
-    require(len({len(row) for row in rows}) == 1, "--prompt-ids beside --captured: give rows of one length")
+    if len({len(row) for row in rows}) != 1:
+        raise UsageError("--prompt-ids beside --captured: give rows of one length")
     return torch.tensor(rows)
 
 
 def ids_of(captured: Captured, path: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each row the prompt, and the new tokens: those that were fed back and the one after them."""
-    missing = f"--captured {path} does not tell its ids: give them by --prompt-ids, new ones too"
-    require(captured.ids is not None, missing)
+    """Each row's prompt, and its new tokens: those that were fed back and the one after them."""
+    if captured.ids is None:
+        raise UsageError(f"--captured {path} does not tell its ids: give them by --prompt-ids, new ones too")
     positions = next(iter(captured.tensors.values())).shape[1]
     lengths = captured.prompt_tokens
-    require(lengths, f"--captured {path} does not tell where prompts end: write prompt_tokens into its metadata")
-    prompts, forced = [], []
+    if not lengths:
+        raise UsageError(f"--captured {path} does not tell where prompts end: write prompt_tokens into its metadata")
+    prompts = []
+    forced = []
     for row, length in zip(captured.ids.tolist(), lengths, strict=True):
         fed = positions - max(lengths) + length
         prompts.append(row[:length])
@@ -230,22 +248,22 @@ def verdict(report: dict) -> str:
 
 
 def what_next(report: dict) -> list[str]:
-    first, advice = report["first"], []
+    """Advice to whoever reads the report."""
+    first = report["first"]
+    advice = []
     if first is not None:
         advice.append(f"Read the code of {first['place']} beside HF's: python -m tools.side_by_side OUT.html.")
-        also = {row["place"] for row in report["places"] if not row["own_r"] <= row["own_bound"]} - {first["place"]}
-        kinds = sorted({place.rpartition(".")[2] for place in also})
+        also = {row["place"] for row in report["places"] if not row["own_r"] <= row["own_bound"]}
+        also.discard(first["place"])
+        kinds = ", ".join(sorted({place.rpartition(".")[2] for place in also}))
         if also:
-            advice.append(
-                f"{len(also)} more places are out by themselves ({', '.join(kinds)}): one cause may be behind all."
-            )
+            advice.append(f"{len(also)} more places are out by themselves ({kinds}): one cause may be behind all.")
         else:
             advice.append("No other step is out by itself: what differs after this one is its consequence.")
     for row in report["kinds"]:
-        if first is None and row.get("share_error", 0) > 0.08:
-            advice.append(
-                f"Give more tokens to decide about {row['of']}: its share is known to +- {row['share_error']:.2f}."
-            )
+        error = row.get("share_error", 0)
+        if first is None and error > 0.08:
+            advice.append(f"Give more tokens to decide about {row['of']}: its share is known to +- {error:.2f}.")
     if report["not_seen"]:
         advice.append(f"Capture {', '.join(report['not_seen'][:4])} too: what is not seen has not passed.")
     return advice
@@ -253,21 +271,21 @@ def what_next(report: dict) -> list[str]:
 
 def table(report: dict) -> str:
     """The report as text."""
-    setting, lines = report["setting"], []
-    lines.append(f"{setting['subject']} against {setting['hf']} in {setting['dtype']}, exact in {setting['exact']}; ")
-    tokens = ", ".join(
-        f"{text['prompt_tokens']}+{len(text['ids']) - text['prompt_tokens']}" for text in report["texts"]
-    )
-    lines[-1] += f"{tokens} tokens; {setting['versions']}"
-    lines.append(
-        f"{'place':34}{'phase':8} {'max':>9}{'mean':>9}{'rel L2':>9}{'cosine':>9}{'ulp':>10}{'R':>9}{'own R':>9}"
-    )
+    setting = report["setting"]
+    tokens = []
+    for text in report["texts"]:
+        new_tokens = len(text["ids"]) - text["prompt_tokens"]
+        tokens.append(f"{text['prompt_tokens']}+{new_tokens}")
+    what = f"{setting['subject']} against {setting['hf']} in {setting['dtype']}, exact in {setting['exact']}"
+    lines = [
+        f"{what}; {', '.join(tokens)} tokens; {setting['versions']}",
+        f"{'place':34}{'phase':8} {'max':>9}{'mean':>9}{'rel L2':>9}{'cosine':>9}{'ulp':>10}{'R':>9}{'own R':>9}",
+    ]
     for row in report["places"]:
+        differences = f"{row['max_abs']:9.2g}{row['mean_abs']:9.2g}{row['rel_l2']:9.2g}"
+        others = f"{row['cosine']:9.5f}{row['max_ulp']:10.3g}{row['r']:9.3g}{row['own_r']:9.3g}"
         mark = "" if row["ok"] else f"  out of bounds ({row['r_bound']:.2f}, own {row['own_bound']:.2f})"
-        numbers = (
-            f"{row['max_abs']:9.2g}{row['mean_abs']:9.2g}{row['rel_l2']:9.2g}{row['cosine']:9.5f}{row['max_ulp']:10.3g}"
-        )
-        lines.append(f"{row['place']:34}{row['phase']:8} {numbers}{row['r']:9.3g}{row['own_r']:9.3g}{mark}")
+        lines.append(f"{row['place']:34}{row['phase']:8} {differences}{others}{mark}")
     lines.append("\nown R of all layers together")
     for row in report["kinds"]:
         mark = "" if row["ok"] else "  out of bounds"
@@ -283,7 +301,8 @@ def table(report: dict) -> str:
     for cause in report["causes"]:
         lines.append(f"\ncause: {cause['meaning']}\n       {cause['evidence']}")
     lines += [f"next: {advice}" for advice in report["next"]]
-    return "\n".join([*lines, "", report["verdict"]])
+    lines += ["", report["verdict"]]
+    return "\n".join(lines)
 
 
 def logit_lines(logits: dict) -> list[str]:
@@ -295,8 +314,8 @@ def logit_lines(logits: dict) -> list[str]:
             f"first other token: row {first['row']}, position {first['position']}, {first['subject']} for HF's "
             f"{first['hf']}, whose logits are {first['gap_ulp']:.2g} ulp apart: {kind}"
         )
-    lines.append(f"KL from HF exact: mean {logits['mean_kl']:.3g}, largest {logits['max_kl']:.3g}; ")
-    lines[-1] += f"HF's own mean {logits['hf_mean_kl']:.3g} nats"
+    subject = f"mean {logits['mean_kl']:.3g}, largest {logits['max_kl']:.3g}"
+    lines.append(f"KL from HF exact: {subject}; HF's own mean {logits['hf_mean_kl']:.3g} nats")
     for name, key in (("NxDI's logit matching", "nxdi"), ("vLLM Neuron's three-way verdict", "vllm_neuron")):
         rule = logits[key]
         lines.append(f"{name}: {'passes' if rule['passed'] else 'fails'}; {rule['note']}")
@@ -358,7 +377,7 @@ def main() -> None:
     report = audit(args)
     data = as_json(report)
     if args.plot or args.html:
-        from tools.audit_page import page, plot
+        from tools.audit.page import page, plot
 
         if args.plot:
             write(args.plot, lambda path: plot(data, path))
@@ -366,7 +385,3 @@ def main() -> None:
             write(args.html, lambda path: path.write_text(page(data)))
     print(json.dumps(data, indent=1) if args.json else table(report))
     sys.exit(0 if report["passed"] else 1)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -3,7 +3,7 @@
     fork(work, count, timeout)  # makes processes, and listens to them
 
 Every rank sends a beat twice a second, from a thread of its own. So whoever computes, loads or compiles for long is
-heard, and no collective has to look at a clock. `cpu/torchrun.py` does the same for ranks that torchrun has started.
+heard, and no collective has to look at a clock. `launch/torchrun.py` does the same for ranks that torchrun has started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch.multiprocessing as mp
 
 BEAT = 0.5  # seconds between two beats
 GRACE = 5.0  # seconds that a process has to end, or to hear why it should
-DONE, FAILED = b"done", b"failed"  # the last message of a rank
+# the last message of a rank is one of these
+DONE = b"done"
+FAILED = b"failed"
 
 
 def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
@@ -35,7 +37,8 @@ class Sender(threading.Thread):
 
     def __init__(self, lines: Iterable[Connection] = ()) -> None:
         super().__init__(daemon=True)
-        self.lines, self.outbox = [*lines], queue.SimpleQueue()
+        self.lines = [*lines]
+        self.outbox = queue.SimpleQueue()
 
     def run(self) -> None:
         message = b""
@@ -56,7 +59,8 @@ class Listener:
 
     def __init__(self, ranks: Iterable[int], timeout: float) -> None:
         self.lines: dict[Connection, int] = {}
-        self.silence, self.timeout = dict.fromkeys(ranks, 0.0), timeout  # seconds
+        self.silence = dict.fromkeys(ranks, 0.0)
+        self.timeout = timeout  # seconds
 
     def hear(self, *others: object) -> list[tuple[int, bytes | None]]:
         """(rank, message) for each message that is no beat, None for a line that was closed.
@@ -112,7 +116,8 @@ def fork(work: Callable[[int], None], count: int, timeout: float = 60.0, name: s
     silent for `timeout` seconds; it says "`name` 1", and what happened. Ctrl-C is answered here, not in the processes.
     """
     context = mp.get_context("fork")
-    listener, processes = Listener(range(count), timeout), {}
+    listener = Listener(range(count), timeout)
+    processes = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until a process has dropped our handler of it
     try:
         for number in range(count):
@@ -120,7 +125,8 @@ def fork(work: Callable[[int], None], count: int, timeout: float = 60.0, name: s
             process = context.Process(target=run_forked, args=(work, number, sends, os.getpid()))
             process.start()
             sends.close()
-            listener.lines[line], processes[number] = number, process
+            listener.lines[line] = number
+            processes[number] = process
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while processes:
             for _, message in listener.hear(*(process.sentinel for process in processes.values())):

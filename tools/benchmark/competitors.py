@@ -19,10 +19,13 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from convert_weights import convert, expected_shapes, llama_config, open_checkpoint, read_config
+from checkpoint.config import expected_shapes, llama_config, read_config
+from checkpoint.tensors import open_checkpoint
+from convert_weights import convert
 from cpu.compiled import check as check_compiler
-from cpu.shared_memory import start_ranks
-from llama_neuron import LlamaConfig, Parts, compile_decode, generate, load_model
+from launch.compiled import compile_decode
+from launch.shared_memory import start_ranks
+from llama_neuron import LlamaConfig, backend_for, generate, load_model
 
 Tick = Callable[[], None]
 Seconds = dict[str, float]  # prefill_s, and step_s: the mean of the decoding steps
@@ -101,11 +104,11 @@ class LlamaNeuron(Competitor):
 
     def time(self, case: Case, files: Files) -> Seconds:
         ckpt = self.source(case, files)
-        parts = Parts.of_device("cpu", self.attn)
+        backend = backend_for("cpu", self.attn)
         seconds = mp.get_context("fork").SimpleQueue()
 
         def work(rank: int) -> None:
-            model = load_model(ckpt, rank, batch_size=case.batch, sequence_length=case.cache, parts=parts)
+            model = load_model(ckpt, rank, batch_size=case.batch, sequence_length=case.cache, backend=backend)
             if self.compiled:
                 compile_decode(model)
             prompts = case.prompts(model.config.vocab_size)
@@ -180,7 +183,8 @@ def open_llama_cpp(file: Path, case: Case) -> Callable[[list[list[int]], Tick], 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints all that llama.cpp reports
     model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
-    params.n_seq_max, params.n_ctx = case.batch, case.batch * case.cache
+    params.n_seq_max = case.batch
+    params.n_ctx = case.batch * case.cache
     params.n_batch = case.batch * case.prompt  # all prompts in one call, which computes 512 tokens (n_ubatch) at a time
     params.n_threads = params.n_threads_batch = torch.get_num_threads()
     context = lib.llama_init_from_model(model, params)
@@ -195,8 +199,10 @@ def open_llama_cpp(file: Path, case: Case) -> Callable[[list[list[int]], Tick], 
         batch.n_tokens = len(rows) * length
         for index, token in enumerate(chain(*rows)):
             row, offset = divmod(index, length)
-            batch.token[index], batch.pos[index] = token, position + offset
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, row
+            batch.token[index] = token
+            batch.pos[index] = position + offset
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = row
             batch.logits[index] = offset == length - 1
         code = lib.llama_decode(context, batch)
         if code != 0:
@@ -292,10 +298,22 @@ def write_gguf(hf: Path, file: Path, dtype: str) -> None:
     writer.close()
 
 
-GPT_FAST_NAMES = {"model.": "", "embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention"}
-GPT_FAST_NAMES |= {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "mlp": "feed_forward"}
-GPT_FAST_NAMES |= {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-GPT_FAST_NAMES |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+GPT_FAST_NAMES = {
+    "model.": "",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn": "attention",
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "mlp": "feed_forward",
+    "gate_proj": "w1",
+    "up_proj": "w3",
+    "down_proj": "w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def load_gpt_fast(case: Case, files: Files) -> torch.nn.Module:
