@@ -576,14 +576,16 @@ def test_shards_of_ones_own_checkpoint_make_up_its_tensors(own: tuple[Path, Path
 
 def test_logits_of_ones_own_checkpoint_are_hfs(own: tuple[Path, Path], on_ranks: Callable) -> None:
     """The same bits in bfloat16 on one rank; in float32 within TOLERANCE; else within twice the error that HF makes by
-    rounding: against HF in a wider dtype, root mean square."""
+    rounding: against HF in a wider dtype, root mean square. Over 64 ids and more, because in a few positions the
+    rounding of a single one may be all: SmolLM2 at tp 2 has 2.3 times HF's error after 7 ids, 0.8 times after 64."""
     hf, ckpt = own
     neuron = NeuronConfig.from_pretrained(ckpt)
     if expects_same_bits(neuron):
         for batch, prompt_length in ((1, 5), (1, 172), (3, 7), (3, 100)):
             assert_same_bits(hf, ckpt, batch, prompt_length, steps=16)
         return
-    prompt = PROMPTS[0]
+    vocab_size = LlamaConfig.from_pretrained(ckpt).vocab_size
+    prompt = torch.randint(vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     expected, new = hf_greedy(hf_model(hf, neuron.dtype), prompt, NEW_TOKENS)
     ids = prompt + new
     exact = exact_logits(hf, neuron.dtype, ids)
