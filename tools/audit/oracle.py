@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,12 +39,18 @@ def stored_dtype(hf: Path) -> torch.dtype:
 
 def load_hf(hf: Path, dtype: torch.dtype) -> nn.Module:
     """HF's `LlamaForCausalLM` of a checkpoint, with eager attention. Weights that have this dtype in the file are
-    mapped, not read. Raises UsageError if HF cannot load it."""
+    mapped, not read; generation_config.json is not read. Raises UsageError if HF cannot load it."""
     import transformers
 
     transformers.logging.disable_progress_bar()
+    settings = transformers.GenerationConfig()
     try:
-        model = transformers.LlamaForCausalLM.from_pretrained(hf, dtype=dtype, attn_implementation="eager")
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            hf,
+            dtype=dtype,
+            attn_implementation="eager",
+            generation_config=settings,
+        )
     except Exception as error:  # transformers raises nearly all kinds
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"--hf {hf}: transformers cannot load it: {reason}") from None
@@ -100,32 +105,30 @@ def run_hf(
     new_tokens: int,
     forced: list[int] | None = None,
 ) -> dict[str, Tensor]:
-    """HF's own `generate`: the prompt, then each new token fed back; greedy, or the tokens of `forced`.
+    """HF's forward with HF's cache: the prompt, then each new token fed back; greedy, or the tokens of `forced`. HF's
+    `generate` computes the same, but obeys the checkpoint's config.json and generation_config.json (`use_cache`,
+    `num_beams`, penalties), which belong to no port.
 
     `ids` int64 [P+M]; at the P+M-1 positions that were fed: logits, and all that `tapped` sees, with heads apart
     [P+M-1,H,D] and q, k after the rotary embedding, in the model's dtype.
     """
-    import transformers
+    from transformers import DynamicCache
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    def allowed(row: int, text: Tensor) -> list[int]:
-        return [forced[len(text) - len(prompt)]]
-
-    model.generation_config.eos_token_id = None  # a text does not end
-    settings = transformers.GenerationConfig(
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    force = {}
-    if forced is not None:
-        force["prefix_allowed_tokens_fn"] = allowed
-    ids = torch.tensor([prompt])
-    attention_mask = torch.ones_like(ids)
+    ids = list(prompt)
+    logits = []
+    cache = DynamicCache()
+    fed = torch.tensor([prompt])
     with tapped(model) as seen:
-        out = model.generate(ids, settings, attention_mask=attention_mask, **force)
+        for step in range(new_tokens):
+            position_ids = torch.arange(len(ids) - fed.shape[1], len(ids))[None]
+            # the cache by its place: transformers 4 and 5 have other names for it
+            model.model(fed, None, position_ids, cache, use_cache=True)
+            normed = seen["final_norm"][-1]
+            logits.append(model.lm_head(normed)[0])
+            chosen = int(logits[-1][-1].argmax()) if forced is None else forced[step]
+            ids.append(chosen)
+            fed = torch.tensor([[chosen]])
     tensors = {}
     for name, outputs in seen.items():
         tensors[name] = torch.cat(outputs, dim=1)[0]  # P+M-1 ...
@@ -140,140 +143,6 @@ def run_hf(
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         tensors[prefix + "q"] = q
         tensors[prefix + "k"] = k
-    prefill = model.lm_head(seen["final_norm"][0])[0]  # `generate` asks HF's forward for the last position only
-    tensors["logits"] = torch.cat([prefill, *out.logits[1:]]).float()
-    tensors["ids"] = out.sequences[0]
+    tensors["logits"] = torch.cat(logits).float()
+    tensors["ids"] = torch.tensor(ids)
     return tensors
-
-
-@contextmanager
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights in another dtype for a while: memory holds one layer of them, never the model."""
-    kept = {name: parameter.data for name, parameter in module.named_parameters()}
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    yield
-    for name, parameter in module.named_parameters():
-        parameter.data = kept[name]
-
-
-def attend(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    **changed,
-) -> Tensor:
-    """HF's `eager_attention_forward` of one text: q [P,H,D], k and v [P,K,D] -> [P,H,D]. `mask` [P,P], bool, says who
-    sees whom; the default is causal. `changed` replaces arguments such as `scaling`."""
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    if mask is None:
-        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril()
-    lowest = torch.finfo(q.dtype).min
-    bias = torch.zeros(mask.shape, dtype=q.dtype)
-    bias = bias.masked_fill(~mask, lowest)
-    q = q.transpose(0, 1)[None]  # 1 H P D
-    k = k.transpose(0, 1)[None]
-    v = v.transpose(0, 1)[None]
-    options = {"scaling": module.scaling, **changed}
-    output, _ = eager_attention_forward(module, q, k, v, bias[None, None], **options)
-    return output[0]
-
-
-def widen(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask of the first dimensions of x, with as many dimensions as x."""
-    missing = x.dim() - mask.dim()
-    return mask[(..., *[None] * missing)]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a subject has: tensors [P,...], and where they were captured, bool [P] or [P,heads]."""
-
-    tensors: dict[str, Tensor]
-    where: dict[str, Tensor]
-
-    def fill(self, name: str, value: Tensor) -> Tensor:
-        """The subject's values, and `value` where it has none."""
-        if name not in self.tensors:
-            return value
-        mask = widen(self.where[name], value)
-        own = self.tensors[name].to(value)
-        return torch.where(mask, own, value)
-
-
-class Walk:
-    """One text on its way through HF's modules in exact arithmetic. Each step starts from what `given` has of the step
-    before, or else from that step's own result: with nothing given it is HF's model itself."""
-
-    def __init__(self, ids: Tensor, given: Seen) -> None:
-        self.ids = ids
-        self.given = given
-        self.own: dict[str, Tensor] = {}
-
-    def take(self, name: str, value: Tensor) -> Tensor:
-        self.own[name] = value
-        return self.given.fill(name, value)
-
-    def embed(self, model: nn.Module) -> None:
-        self.hidden = self.take("hidden_states.0", model.embed_tokens(self.ids))  # P E
-        positions = torch.arange(len(self.ids))[None]
-        self.cos, self.sin = model.rotary_emb(self.hidden, positions)  # 1 P D
-
-    def through(self, layer: nn.Module, number: int) -> None:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-        attention = layer.self_attn
-        prefix = f"layers.{number}."
-
-        def project(linear: nn.Module, x: Tensor) -> Tensor:
-            return linear(x).unflatten(-1, (-1, attention.head_dim))  # P n D
-
-        normed = layer.input_layernorm(self.hidden)
-        normed = self.take(prefix + "input_layernorm", normed)
-        q = self.take(prefix + "q_proj", project(attention.q_proj, normed))
-        k = self.take(prefix + "k_proj", project(attention.k_proj, normed))
-        v = self.take(prefix + "v", project(attention.v_proj, normed))
-        q, k = apply_rotary_pos_emb(q, k, self.cos[0], self.sin[0])
-        q = self.take(prefix + "q", q)
-        k = self.take(prefix + "k", k)
-        heads = attend(attention, q, k, v)  # P H D
-        heads = self.take(prefix + "heads", heads)
-        attended = attention.o_proj(heads.flatten(-2))  # P E
-        attended = self.take(prefix + "attention", attended)
-        hidden = self.hidden + attended
-        normed = layer.post_attention_layernorm(hidden)
-        normed = self.take(prefix + "post_attention_layernorm", normed)
-        mlp = self.take(prefix + "mlp", layer.mlp(normed))
-        hidden = hidden + mlp
-        self.hidden = self.take(f"hidden_states.{number + 1}", hidden)
-
-    def finish(self, model: nn.Module) -> None:
-        normed = self.take("final_norm", model.model.norm(self.hidden))
-        self.take("logits", model.lm_head(normed))
-
-
-@torch.inference_mode()
-def exact_steps(
-    model: nn.Module,
-    ids: Tensor,
-    givens: list[Seen],
-    dtype: torch.dtype,
-) -> list[dict[str, Tensor]]:
-    """Each step of the text `ids` [P] in `dtype`, from what each of `givens` has for its inputs: name -> [P,...]. With
-    nothing given they are HF's model in that dtype."""
-    texts = [Walk(ids, given) for given in givens]
-    inner = model.model
-    with in_dtype(inner.embed_tokens, dtype):
-        for text in texts:
-            text.embed(inner)
-    for number, layer in enumerate(inner.layers):
-        with in_dtype(layer, dtype):
-            for text in texts:
-                text.through(layer, number)
-    with in_dtype(inner.norm, dtype), in_dtype(model.lm_head, dtype):
-        for text in texts:
-            text.finish(model)
-    return [text.own for text in texts]
