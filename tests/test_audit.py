@@ -27,7 +27,6 @@ from tests.helpers import ROOT, command, hf_model
 from tests.test_captured import PROMPTS as CAPTURED_PROMPTS
 from tests.test_captured import generated, hf_tensors, nxdi_folder, nxdi_modules, vllm_folder
 from tools.audit.command import as_json, audit, main, parse_args, table
-from tools.audit.logit_rules import first_other_token, kl_divergence, nxdi_logit_matching, vllm_neuron_verdict
 from tools.audit.oracle import load_hf, run_hf
 
 NEW = 6
@@ -510,38 +509,6 @@ def test_bounds_by_name_come_before_the_built_in_ones(subject: Callable) -> None
     assert strict["first"]["place"] == "layers.1.mlp"
     wrong = subject(next(defect for defect in DEFECTS if defect.name == "gelu for silu"))
     assert not report_of(*wrong)["passed"]
-
-
-# ---- logits
-
-
-def test_logit_rules_are_those_of_nxdi_and_vllm_neuron() -> None:
-    """Worked out by hand: a shift is removed; errors are relative to the largest of the k logits, and rounded."""
-    exact = torch.tensor([[4.0, 3.0, 2.0, -4.0], [1.0, 2.0, 0.5, 0.25]])
-    assert nxdi_logit_matching(exact + 7, exact, torch.bfloat16)["passed"]
-    off = exact.clone()
-    off[0, 0] += 0.08  # 2% of 4, where the top 5 may differ by 1%
-    assert not nxdi_logit_matching(off, exact, torch.bfloat16)["passed"]
-    tie = torch.tensor([[18.0, 17.99, 0.0, -18.0]])
-    other = nxdi_logit_matching(tie.flip(-1).roll(2, -1), tie, torch.bfloat16)
-    assert not other["passed"]
-    assert "cannot be met: an ulp of the largest logit is 0.125" in other["note"]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 40, 500, generator=generator)
-    exact = torch.zeros(40, 500)
-    assert vllm_neuron_verdict(noise[0], noise[1], exact)["passed"]  # the same distribution
-    assert not vllm_neuron_verdict(3 * noise[0], noise[1], exact)["passed"]
-    assert vllm_neuron_verdict(0.5 * noise[0], noise[1], exact)["passed"]  # smaller errors
-
-
-def test_a_tie_is_said_to_be_one() -> None:
-    hf = torch.tensor([[1.0, 18.0, 17.875, 0.0]])
-    subject = torch.tensor([[1.0, 17.875, 18.0, 0.0]])
-    found = first_other_token(subject, hf, torch.bfloat16)
-    assert found == {"position": 0, "subject": 2, "hf": 1, "gap_ulp": 1.0, "tie": True}
-    assert not first_other_token(subject, hf, torch.float16)["tie"]
-    expected = torch.nn.functional.kl_div(subject.log_softmax(-1), hf.log_softmax(-1), log_target=True, reduction="sum")
-    assert float(kl_divergence(hf, subject)) == pytest.approx(float(expected), rel=1e-5)
 
 
 # ---- the command

@@ -464,6 +464,16 @@ def test_logits_next_steps_and_the_command_are_on_the_page(browser, show):
     assert browser.evaluate("document.getElementById('Not-seen').innerText").count("layers.") == 60
 
 
+def test_a_first_place_that_was_not_captured_is_named_and_not_marked(tmp_path):
+    """Such as a copy of a head that differs, of which the capture says no more."""
+    pytest.importorskip("matplotlib")
+    report = failed(layers=6)
+    report["first"]["place"] = "layers.3.k_proj"
+    assert "layers.3.k_proj" in page(report)
+    plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_picture_is_drawn_of_every_report(name, tmp_path):
     image = pytest.importorskip("matplotlib.image")

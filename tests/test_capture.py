@@ -175,7 +175,7 @@ def test_the_command_writes_the_tensors_of_two_ranks(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_the_command_names_a_copy_of_a_head_that_differs(converted: Callable, tmp_path: Path) -> None:
+def test_the_command_and_the_file_name_a_copy_of_a_head_that_differs(converted: Callable, tmp_path: Path) -> None:
     ckpt = tmp_path / "ckpt"
     shutil.copytree(converted("granite-code", 2), ckpt)  # both ranks hold its only KV head
     file = shard_path(ckpt, 1)
@@ -185,7 +185,9 @@ def test_the_command_names_a_copy_of_a_head_that_differs(converted: Callable, tm
     file.write_bytes(file.read_bytes().replace(before, bias.tobytes()))
     done = command("-m", "tools.capture", "--ckpt", ckpt, "--device", "cpu", "--prompt-ids=1,2", "--out", ckpt / "out")
     assert done.returncode == 0
-    assert done.stderr == "capture.py: ranks hold different copies of a head, head 0 of layers.2.v is first of 1\n"
+    line = "layers.2.v: the copies of head 0 differ, rank 1 from rank 0"
+    assert done.stderr == f"capture.py: {line} (first of 1)\n"
+    assert json.loads(safe_open(ckpt / "out", "pt").metadata()["differing"]) == [line]
 
 
 def test_the_command_refuses_what_is_not_there_in_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ For B prompts, the longest of P tokens, and M new tokens each, the file holds, a
     layers.N.attention, .mlp    [B,P+M-1,E]: a block's output before it is added
 
 Heads are HF's, in HF's order: ranks are put together, copies and heads of zeros are gone. Shorter rows end in zeros.
-The metadata are versions, dtype, tp, device, and prompt_tokens, a JSON list.
+The metadata are versions, dtype, tp, device, and prompt_tokens, a JSON list; and differing, a JSON list of lines, if
+ranks hold different copies of a head.
 """
 
 from __future__ import annotations
@@ -142,32 +143,38 @@ def load(ckpt: str | Path, rank: int, device: str, batch_size: int) -> nn.Module
 
 
 def join_heads(captured: dict[str, Tensor], config: LlamaConfig, tp: int) -> list[str]:
-    """Heads of all ranks [B,P,nD] become HF's [B,P,H,D] or [B,P,K,D]. Returns those that differ from their copies."""
+    """Heads of all ranks [B,P,nD] become HF's [B,P,H,D] or [B,P,K,D]. Says which differ from their copies, a line for
+    each head and rank."""
     ranks = shard_heads(config.num_attention_heads, config.num_key_value_heads, tp)
     query = [head for heads, _ in ranks for head in heads]
     key = [head for _, heads in ranks for head in heads]
-    sharded, differing = {"q": query, "heads": query, "k": key, "v": key}, []
+    sharded = {"q": query, "heads": query, "k": key, "v": key}
+    differing = []
     for name, x in captured.items():
         kind = name.rpartition(".")[2]
         if kind not in sharded:
             continue
         numbers = sharded[kind]  # HF's numbers of the n heads; None is a head of zeros
+        heads_per_rank = len(numbers) // tp
         x = x.unflatten(-1, (len(numbers), -1))  # B P n D
         heads = x[:, :, [numbers.index(head) for head in sorted({*numbers} - {None})]]
         captured[name] = heads
         for place, head in enumerate(numbers):
             if head is not None and not torch.allclose(x[:, :, place], heads[:, :, head], 0, 0, equal_nan=True):
-                differing.append(f"head {head} of {name}")
+                rank = place // heads_per_rank
+                first = numbers.index(head) // heads_per_rank
+                differing.append(f"{name}: the copies of head {head} differ, rank {rank} from rank {first}")
     return differing
 
 
 def capture(
-    ckpt: str | Path, prompts: list[list[int]], new_tokens: int, *, rank=0, device="cpu", forced=None
+    ckpt: str | Path, prompts: list[list[int]], new_tokens: int, *, rank=0, device="cpu", forced=None, differing=None
 ) -> dict[str, Tensor]:
     """The tensors of the file, on the CPU. Every rank calls this and gets the same; device "nxd" is one process.
 
-    `forced` [B][new_tokens]: ids that are fed, and stand in `ids`, in place of the greedy choices. Says on stderr if
-    copies of a head differ. Raises UsageError as `load_model` and `generate` do, and if the new tokens do not fit.
+    `forced` [B][new_tokens]: ids that are fed, and stand in `ids`, in place of the greedy choices. `differing`: a list
+    that gets the lines of `join_heads`. Raises UsageError as `load_model` and `generate` do, and if the new tokens do
+    not fit.
     """
     neuron, length = NeuronConfig.from_pretrained(ckpt), max(map(len, prompts)) + new_tokens
     if length > neuron.sequence_length:
@@ -188,10 +195,9 @@ def capture(
         padded = x.shape[1] - (new_tokens - 1)
         rows = [torch.cat((x[row, : len(prompt)], x[row, padded:])) for row, prompt in enumerate(prompts)]
         captured[name] = pad_sequence(rows, batch_first=True)
-    differing = join_heads(captured, model.config, neuron.tp_degree)
-    if differing and rank == 0:
-        count = len(differing)
-        print(f"capture.py: ranks hold different copies of a head, {differing[0]} is first of {count}", file=sys.stderr)
+    found = join_heads(captured, model.config, neuron.tp_degree)
+    if differing is not None:
+        differing += found
     return captured
 
 
@@ -200,8 +206,19 @@ def save(args: argparse.Namespace, rank: int) -> None:
     forced = args.forced_ids
     if forced is not None and [len(ids) for ids in forced] != [args.max_new_tokens] * len(args.prompts):
         raise UsageError(f"--forced-ids: give --max-new-tokens {args.max_new_tokens} ids for each prompt")
-    tensors = capture(args.ckpt, args.prompts, args.max_new_tokens, rank=rank, device=args.device, forced=forced)
+    differing: list[str] = []
+    tensors = capture(
+        args.ckpt,
+        args.prompts,
+        args.max_new_tokens,
+        rank=rank,
+        device=args.device,
+        forced=forced,
+        differing=differing,
+    )
     if rank == 0:
+        if differing:
+            print(f"capture.py: {differing[0]} (first of {len(differing)})", file=sys.stderr)
         versions = []
         for name in ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc"):
             with suppress(metadata.PackageNotFoundError):
@@ -209,6 +226,8 @@ def save(args: argparse.Namespace, rank: int) -> None:
         neuron = NeuronConfig.from_pretrained(args.ckpt)
         facts = {"versions": ", ".join(versions), "dtype": neuron.torch_dtype, "tp": str(neuron.tp_degree)}
         facts |= {"device": args.device, "prompt_tokens": json.dumps([len(prompt) for prompt in args.prompts])}
+        if differing:
+            facts["differing"] = json.dumps(differing)
         with replacing(args.out) as file:
             write_tensors(file, tensors.items(), len(tensors), facts)
 

@@ -27,6 +27,7 @@ import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -38,8 +39,11 @@ from checkpoint.seal import check_seal
 from llama_neuron import NeuronConfig, UsageError, integers, positive_int
 from tools.audit import logit_rules
 from tools.audit.captured import Captured, read_captured
-from tools.audit.judge import Text, judge
+from tools.audit.judge import Text, judge, place_names
 from tools.audit.oracle import EXACT, load_hf, run_hf, stored_dtype
+
+TOKENS = 64  # without a prompt
+NEW_TOKENS = 8
 
 # ---- Hugging Face and the subject
 
@@ -48,7 +52,7 @@ def read_prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     """The ids of --prompt and --prompt-ids, or as many random ones as --tokens says."""
     if not args.prompts:
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(vocab_size, (args.tokens,), generator=generator).tolist()]
+        return [torch.randint(vocab_size, (args.tokens or TOKENS,), generator=generator).tolist()]
     prompts = []
     for prompt in args.prompts:
         if isinstance(prompt, str):
@@ -72,13 +76,13 @@ def capture_subject(args: argparse.Namespace, texts: list[list[int]], prompts: l
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "capture.safetensors")
         command = [sys.executable, "-m", "tools.capture", "--ckpt", Path(args.ckpt).resolve(), "--out", out]
-        command += ["--device", args.device]
+        command += ["--device", args.device or "auto"]
         if args.tp:
             command += ["--tp", args.tp]
         for text, prompt in zip(texts, prompts, strict=True):
             forced = text[len(prompt) :]
             command += ["--prompt-ids", ",".join(map(str, prompt)), "--forced-ids", ",".join(map(str, forced))]
-        command += ["--max-new-tokens", args.new]
+        command += ["--max-new-tokens", args.new or NEW_TOKENS]
         ran = subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=False)
         if ran.returncode:  # it has said why
             sys.exit(ran.returncode)
@@ -86,7 +90,8 @@ def capture_subject(args: argparse.Namespace, texts: list[list[int]], prompts: l
 
 
 def audited_dtype(args: argparse.Namespace, captured: Captured | None) -> str:
-    """The subject's dtype if it is known, else --dtype or the checkpoint's."""
+    """--dtype, else the subject's, else the checkpoint's. Raises UsageError if --dtype is another one than the
+    subject's and that is not float32, as it is if products alone are in bfloat16 (auto-cast)."""
     if args.ckpt:
         source = f"--ckpt {args.ckpt}"
         own = NeuronConfig.from_pretrained(args.ckpt).torch_dtype
@@ -94,10 +99,11 @@ def audited_dtype(args: argparse.Namespace, captured: Captured | None) -> str:
         source = f"--captured {args.captured}"
         own = captured.facts.get("dtype")
     if own not in DTYPES:
-        return args.dtype or str(stored_dtype(args.hf)).removeprefix("torch.")
-    if args.dtype not in (None, own):
+        own = str(stored_dtype(args.hf)).removeprefix("torch.")
+        return args.dtype or own
+    if own != "float32" and args.dtype not in (None, own):
         raise UsageError(f"--dtype {args.dtype}: {source} is in {own}")
-    return own
+    return args.dtype or own
 
 
 def make_texts(captured: Captured, hf_runs: list[dict], prompts: list[list[int]], dtype: torch.dtype) -> list[Text]:
@@ -132,16 +138,18 @@ def audit_hf_itself(model: nn.Module, hf_runs: list[dict], prompts: list[list[in
         for name, x in text.hf.items():
             if name in text.hf_step:  # each step follows from those before it, except for rounding
                 step = text.hf_step[name]
-                error = (x - step).norm() / step.norm()
-                if not error < limit:
-                    raise UsageError(f"HF's own {name} does not follow from the steps before it: {error:.2g}")
-    if not (found["passed"] and found["bitwise"]):
+                error = (x - step).norm()
+                if not error <= limit * step.norm():
+                    share = error / step.norm()
+                    raise UsageError(f"HF's own {name} does not follow from the steps before it: {share:.2g}")
+    if not found["bitwise"]:
         raise UsageError("HF does not repeat itself here, its bits differ from run to run: set OMP_NUM_THREADS=1")
 
 
 def audit(args: argparse.Namespace) -> dict:
     """The report."""
     began = time.perf_counter()
+    check_flags(args)
     config = llama_config(read_config(args.hf))
     captured = None
     prompts = None
@@ -152,7 +160,7 @@ def audit(args: argparse.Namespace) -> dict:
         tp = NeuronConfig.from_pretrained(args.ckpt).tp_degree
     if args.captured:
         captured = read_captured(args.captured, config, captured_ids(args, config.vocab_size), args.tp)
-        tp = int(captured.facts.get("tp", tp))
+        tp = int(captured.facts["tp"])
         prompts, forced = ids_of(captured, args.captured)
     dtype = getattr(torch, audited_dtype(args, captured))
     model = load_hf(args.hf, dtype)
@@ -162,17 +170,19 @@ def audit(args: argparse.Namespace) -> dict:
     hf_runs = []
     for row, prompt in enumerate(prompts):
         if forced is None:
-            hf_runs.append(run_hf(model, prompt, args.new))
+            hf_runs.append(run_hf(model, prompt, args.new or NEW_TOKENS))
         else:
             hf_runs.append(run_hf(model, prompt, len(forced[row]), forced[row]))
     audit_hf_itself(model, hf_runs, prompts, exact)
     if captured is None:
         captured = capture_subject(args, [run["ids"].tolist() for run in hf_runs], prompts)
     texts = make_texts(captured, hf_runs, prompts, dtype)
-    report = judge(texts, exact, dtype, tp, args.bounds)
+    report = judge(texts, exact, dtype, tp, args.bounds, differing=captured.differing)
+    report["not_seen"] += gaps(texts, config.num_hidden_layers)
+    report["whole"] = is_whole(texts)
     report["logits"] = logit_rules.summary(texts, dtype)
     if args.ckpt:
-        subject = f"{args.ckpt}, tp {tp}, {args.device}"
+        subject = f"{args.ckpt}, tp {tp}, {args.device or 'auto'}"
     else:
         subject = f"{args.captured} ({captured.facts['stack']}, tp {tp})"
     report["setting"] = {
@@ -186,7 +196,7 @@ def audit(args: argparse.Namespace) -> dict:
         "seconds": round(time.perf_counter() - began, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
-    report["notes"] = captured.notes
+    report["notes"] = captured.notes + report.pop("judge_notes")
     report["texts"] = [{"ids": text.ids.tolist(), "prompt_tokens": text.prompt} for text in texts]
     report["command"] = "python -m tools.audit " + shlex.join(sys.argv[1:])
     report["verdict"] = verdict(report)
@@ -208,17 +218,45 @@ def ids_of(captured: Captured, path: Path) -> tuple[list[list[int]], list[list[i
     """Each row's prompt, and its new tokens: those that were fed back and the one after them."""
     if captured.ids is None:
         raise UsageError(f"--captured {path} does not tell its ids: give them by --prompt-ids, new ones too")
-    positions = next(iter(captured.tensors.values())).shape[1]
-    lengths = captured.prompt_tokens
-    if not lengths:
-        raise UsageError(f"--captured {path} does not tell where prompts end: write prompt_tokens into its metadata")
     prompts = []
     forced = []
-    for row, length in zip(captured.ids.tolist(), lengths, strict=True):
-        fed = positions - max(lengths) + length
+    for row, length, fed in zip(captured.ids.tolist(), captured.prompt_tokens, captured.ends, strict=True):
         prompts.append(row[:length])
-        forced.append([*row, 0][length : fed + 1])
+        forced.append([*row, 0][length : fed + 1])  # the last one is fed to nobody, and may be missing
     return prompts, forced
+
+
+def steps_of(text: Text) -> dict[str, slice]:
+    """A text's calls of the model, in words, and their positions: the prompt's, then those of new tokens."""
+    steps = {"prefill": text.phase("prefill")}
+    for number, position in enumerate(range(text.prompt, len(text.ids) - 1)):
+        steps[f"decoding step {number + 1}"] = slice(position, position + 1)
+    return steps
+
+
+def gaps(texts: list[Text], layers: int) -> list[str]:
+    """What was not seen of places that were seen: whole steps, and places in a whole phase."""
+    found = []
+    for row, text in enumerate(texts):
+        for step, positions in steps_of(text).items():
+            if not any(seen[positions].any() for seen in text.seen.values()):
+                found.append(f"{step} of row {row}")
+    for place, name in place_names(layers).items():
+        for phase in ("prefill", "decode"):
+            parts = [text.seen[name][text.phase(phase)] for text in texts if name in text.seen]
+            if sum(len(part) for part in parts) and not any(part.any() for part in parts):
+                found.append(f"{place} in {phase}")
+    return found
+
+
+def is_whole(texts: list[Text]) -> bool:
+    """Whether all places that are compared were seen everywhere, but for logits before the end of a prompt."""
+    for text in texts:
+        for name, seen in text.seen.items():
+            start = text.prompt - 1 if name == "logits" else 0
+            if not seen[start:].all():
+                return False
+    return True
 
 
 # ---- words
@@ -242,7 +280,8 @@ def verdict(report: dict) -> str:
         return f"FAILED at {where(report['first'])}: {report['causes'][0]['meaning']}"
     unseen = f", {len(report['not_seen'])} not seen" if report["not_seen"] else ""
     if report["bitwise"]:
-        return f"passed: bitwise equal to Hugging Face in {report['setting']['dtype']} at {count} places{unseen}"
+        what = "" if report["whole"] else "what was captured is "
+        return f"passed: {what}bitwise equal to Hugging Face in {report['setting']['dtype']} at {count} places{unseen}"
     worst = max(row["own_r"] for row in report["places"])
     return f"passed: rounds as Hugging Face does at {count} places{unseen}; largest own R {worst:.2f}"
 
@@ -358,11 +397,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     captured = "audit tensors of tools.capture (a file), NxDI or vLLM Neuron (a folder)"
     subject.add_argument("--captured", type=Path, metavar="PATH", help=captured)
     add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted or captured")
-    add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), default="auto", help="of --ckpt")
+    add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), help="of --ckpt (auto)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
     add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
-    add("--tokens", type=positive_int, default=64, metavar="N", help="without a prompt: random ids (%(default)s)")
-    add("--new", type=positive_int, default=8, metavar="M", help="tokens to decode (%(default)s)")
+    add("--tokens", type=positive_int, metavar="N", help=f"without a prompt: random ids ({TOKENS})")
+    add("--new", type=positive_int, metavar="M", help=f"tokens to decode ({NEW_TOKENS})")
     add("--dtype", choices=DTYPES, help="what HF's rounding is taken from (default: the subject's dtype)")
     bounds = "bound of R and own R at places that match, before the built-in ones"
     add("--bound", dest="bounds", action="append", type=bound, default=[], metavar="REGEX=R", help=bounds)
@@ -370,6 +409,23 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="FILE.png", help="draw R by layer")
     add("--html", type=Path, metavar="FILE.html", help="write the report as a page")
     return parser.parse_args(words)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UsageError for flags that mean nothing together, and for files that could not be written in the end."""
+    if args.captured:
+        texts = [prompt for prompt in args.prompts or [] if isinstance(prompt, str)]
+        meaningless = {"--prompt": texts, "--new": args.new, "--tokens": args.tokens, "--device": args.device}
+        for flag, value in meaningless.items():
+            if value:
+                raise UsageError(f"{flag} means nothing beside --captured, which was made already: leave it out")
+    if args.prompts and args.tokens:
+        raise UsageError("--tokens means nothing beside a prompt: leave one of them out")
+    for flag, path in (("--html", args.html), ("--plot", args.plot)):
+        if path and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
+            raise UsageError(f"{flag} {path} cannot be written: name a file in a directory that exists")
+    if args.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib")
 
 
 def main() -> None:

@@ -239,7 +239,7 @@ def strip(report: dict, row: int) -> str:
 <text x="-8" y="{end - 5}" class="end">prefill 0-{prompt - 1}</text>"""
     if prompt < positions:
         marks += f'<text x="-8" y="{end + 13}" class="end">decode {prompt}-{positions - 1}</text>'
-    if first and first["row"] == row:
+    if first and first["row"] == row and first["place"] in names:  # it may be one that was not captured
         x, y = percent(names.index(first["place"]) + 0.5, len(names)), height * (first["position"] + 0.5) / positions
         marks += f'<circle class="halo" cx="{x}" cy="{y}" r="7"/><circle cx="{x}" cy="{y}" r="7"/>'
     return f"""<figure><h3>Text {row}: {prompt} prompt tokens, {positions} positions</h3>
@@ -308,7 +308,7 @@ def phase_plot(report: dict, phase: str) -> str:
             elif key == "own_r" and not math.isnan(y):
                 marks += f'<circle class="own_r" cx="{x}" cy="{y:.1f}" r="2"/>'
     first = report["first"]
-    if first and first["phase"] == phase:
+    if first and first["phase"] == phase and first["place"] in names:
         index = names.index(first["place"])
         x, side = percent(index + 0.5, len(names)), "end" if 2 * index > len(names) else "start"
         marks += f'<line class="first" x1="{x}" x2="{x}" y1="-14" y2="100%"/>'
@@ -462,7 +462,7 @@ def plot(report: dict, file: Path) -> None:
             axes.plot(values, style, color=color, label=LABELS[key])
             axes.step(range(len(names)), bounds, "--", color=color, where="mid", label=f"bound of {LABELS[key]}")
             axes.plot(failed, [values[index] for index in failed], "x", color="#b42318", label="out of bounds")
-        if first and first["phase"] == phase:
+        if first and first["phase"] == phase and first["place"] in names:
             index = names.index(first["place"])
             side = "right" if 2 * index > len(names) else "left"
             above = {"transform": axes.get_xaxis_transform(), "va": "bottom", "ha": side, "parse_math": False}
