@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint.config import DTYPES, check_settings, expected_shapes, flag_of, length_limit, llama_config, read_config
-from checkpoint.files import read_tokenizer
+from checkpoint.files import read_tokenizer, reason, say
 from checkpoint.output import RECORD, claim, replacing, write, write_tensors
 from checkpoint.seal import SMALL_FILES, seal_of, settings_text, shard_facts
 from checkpoint.tensors import Checkpoint, open_checkpoint, rotary_tensors
@@ -150,6 +150,8 @@ def convert(
     for key in ("sliding_window", "attention_chunk_size"):
         if length > config.get(key, length):
             raise UsageError(f"{hf}/config.json: {key} is not supported, use --sequence-length {limit} or less")
+        if sequence_length is None and length == config.get(key) < config["max_position_embeddings"]:
+            say(f"{hf}/config.json: {key} ends sequences after {length} tokens here, prompts included")
     neuron = NeuronConfig(**settings, sequence_length=length, max_sequence_length=limit)
     neuron = neuron.with_cache(None, length)  # raises beyond the limit
     check_settings(neuron, "flags", flag_of)
@@ -180,11 +182,11 @@ def convert(
 
 def check_folders(hf: Path, out: Path) -> None:
     """Raises UsageError if `hf` is a conversion, or `out` is `hf` or something other than a directory."""
-    if (hf / "neuron_config.json").exists() or (hf / RECORD).exists():
+    if os.path.exists(hf / "neuron_config.json") or os.path.exists(hf / RECORD):
         raise UsageError(f"--hf {hf} is already a conversion; pass the HF checkpoint")
-    if out.resolve() == hf.resolve():
+    if os.path.realpath(out) == os.path.realpath(hf):
         raise UsageError(f"--out {out} is the HF directory itself: name another one")
-    if os.path.lexists(out) and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f"--out {out} is not a directory: name one")
 
 
@@ -209,7 +211,7 @@ def write_small_files(hf: Path, out: Path, config: dict, save_tokenizer: Callabl
     try:
         save_tokenizer(out)
     except Exception as error:  # tokenizers raises plain Exception
-        raise OSError(f"{out}: the tokenizer cannot be written: {error}") from None
+        raise OSError(f"{out}: the tokenizer cannot be written: {reason(error)}") from None
     write(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     generation_config = hf / "generation_config.json"
     if generation_config.is_file():
@@ -219,10 +221,15 @@ def write_small_files(hf: Path, out: Path, config: dict, save_tokenizer: Callabl
 # ---- command
 
 
+def folder(text: str) -> Path:
+    """argparse type of a directory. A shell leaves the ~ of `--out=~/weights` as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(",")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=Path, metavar="DIR", help="HF checkpoint (with --demo: where to put the demo)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--hf", type=folder, metavar="DIR", help="HF checkpoint (with --demo: where to put the demo)")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="where the shards go")
     parser.add_argument("--tp", dest="tp_degree", type=positive_int, required=True, metavar="N", help="number of ranks")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="B", help="default: %(default)s")

@@ -181,12 +181,26 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return q_embed, k_embed
 
 
+def gelu_new(x: Tensor) -> Tensor:
+    """HF's `NewGELUActivation`, op by op: in bfloat16 it rounds more often than `F.gelu`."""
+    return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """HF's `FastGELUActivation`, op by op."""
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
 ACT2FN = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: torch.square(F.relu(x)),
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_fast,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -781,6 +795,7 @@ def read_shard(ckpt: str | Path, rank: int) -> dict[str, Tensor]:
     settings = json.loads(Path(ckpt, "neuron_config.json").read_text())
     expected = {"conversion_id": settings.get("conversion_id"), "rank": str(rank)}
     try:
+        path.open("rb").close()  # safetensors calls every failure to open a file "not found"
         with safe_open(path, "pt") as shard:
             facts = shard.metadata() or {}
     except (SafetensorError, FileNotFoundError) as error:
@@ -885,11 +900,15 @@ def check_prompts(prompts: list[list[int]], config: LlamaConfig, neuron: NeuronC
     longest = neuron.sequence_length - 1
     for number, ids in enumerate(prompts, start=1):
         if not ids:
-            raise UsageError(f"prompt {number} is empty: it needs a token at least")
+            raise UsageError(f"prompt {number} is empty: give it at least one token")
         if len(ids) > longest:
-            raise UsageError(f"prompt {number} has {len(ids)} tokens; {longest} fit. Raise --sequence-length")
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise UsageError(f"prompt {number} holds token ids outside of 0 to {config.vocab_size - 1}")
+            is_limit = neuron.sequence_length == neuron.max_sequence_length
+            remedy = "This model computes no more" if is_limit else "Raise --sequence-length"
+            raise UsageError(f"prompt {number} has {len(ids)} tokens; {longest} fit. {remedy}")
+        for place, token in enumerate(ids, start=1):
+            if not 0 <= token < config.vocab_size:
+                found = f"prompt {number} holds token id {token} at place {place}"
+                raise UsageError(f"{found}: this model has 0 to {config.vocab_size - 1}, and needs its own tokenizer")
 
 
 @torch.no_grad()
@@ -966,6 +985,14 @@ def choose(model: LlamaForCausalLM, ids: Tensor, positions: Tensor, last: Tensor
 
 HAS_LAUNCH = Path(__file__).with_name("launch").is_dir()  # else this file is alone, which is enough to run it
 DEFAULT_PROMPT = "Photosynthesis is the process by which"
+# torchrun sets all of these; a scheduler, another launcher or a notebook may set some, which then mean nothing here
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
+TORCHRUN |= {"LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return os.environ.keys() >= TORCHRUN
 
 
 def positive_int(text: str) -> int:
@@ -989,9 +1016,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Greedy Llama generation as AWS Neuron computes it.", usage=argparse.SUPPRESS)
-    parser.add_argument("--ckpt", required=True, help="directory written by convert_weights.py")
+    folder = "directory written by convert_weights.py"
+    parser.add_argument("--ckpt", required=True, type=os.path.expanduser, help=folder)
     parser.add_argument("--tp", type=positive_int, help="number of ranks (must match the conversion)")
-    parser.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
+    stdin = "repeat for a batch; default: standard input, one line without its newline, several as they are"
+    parser.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help=stdin)
     parser.add_argument("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, help="default: the conversion's")
@@ -1031,7 +1060,7 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
     this process, else this process if it is enough, else processes that share memory (CPU, launch/), else torchrun's
     again. Raises UsageError if --ckpt, --tp or the prompts are wrong."""
     args.device = choose_device(args.device)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    under_torchrun = is_under_torchrun()
     if under_torchrun and args.device == "nxd":
         raise UsageError("--device nxd runs all ranks in one process: start it without torchrun")
     rank = int(os.environ["RANK"]) if under_torchrun else 0
@@ -1044,13 +1073,15 @@ def start(args: argparse.Namespace, work: Callable[[argparse.Namespace, int], No
     if args.tp not in (None, tp):
         raise UsageError(f"--tp {args.tp}, but {args.ckpt} was converted for --tp {tp}: convert it again")
     args.tp = tp
-    if args.compile and (under_torchrun or args.device != "cpu"):
-        raise UsageError("--compile is for a CPU, without torchrun: leave it out")
+    can_fork = args.device == "cpu" and sys.platform == "linux"  # on macOS a fork after torch's import may crash
+    if args.compile and (under_torchrun or not can_fork):
+        raise UsageError("--compile is for a CPU, on Linux, without torchrun: leave it out")
     in_this_process = under_torchrun or tp == 1 or args.device == "nxd"
-    if not in_this_process and not (HAS_LAUNCH and args.device == "cpu"):
+    if not in_this_process and not (HAS_LAUNCH and can_fork):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // tp)))
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={tp}"]
-        os.execv(sys.executable, launcher + sys.orig_argv[1:])
+        # not by this host's name, which may not resolve; as it was called, with the interpreter's own flags
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={tp}", "--local-addr=127.0.0.1", "--no-python"]
+        os.execv(sys.executable, [sys.executable, *launcher, sys.executable, *sys.orig_argv[1:]])
     if under_torchrun:
         join_torchrun(args.device, args.timeout)
     args.prompts, args.tokenizer = read_prompts(args, rank)
@@ -1088,8 +1119,9 @@ def read_prompts(args: argparse.Namespace, rank: int) -> tuple[list[list[int]], 
     prompts = args.prompts or []
     if not prompts and rank == 0:
         is_piped = sys.stdin is not None and not sys.stdin.isatty()
-        text = sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n") if is_piped else ""
-        prompts = [text or DEFAULT_PROMPT]
+        text = (os.fsdecode(sys.stdin.buffer.read()) if is_piped else "") or DEFAULT_PROMPT
+        # one line loses the newline that `echo` adds; the last newline of a chat template is part of it
+        prompts = [text.removesuffix("\n") if text.count("\n") == 1 else text]
     if dist.is_initialized():  # rank 0 alone has read standard input
         prompts = prompts or [None]
         dist.broadcast_object_list(prompts, device=torch.device("cpu"))
@@ -1099,12 +1131,15 @@ def read_prompts(args: argparse.Namespace, rank: int) -> tuple[list[list[int]], 
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(path))
+        settings = path.with_name("tokenizer_config.json")
+        if settings.exists():  # the one key of it that changes ids and is not in tokenizer.json
+            tokenizer.encode_special_tokens = json.loads(settings.read_text()).get("split_special_tokens") is True
     ids = []
     for prompt in prompts:
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise UsageError(f"{args.ckpt} has no tokenizer.json: give --prompt-ids")
-            text = os.fsencode(prompt).decode(errors="replace")  # a command line may hold bytes that are not UTF-8
+            text = os.fsencode(prompt).decode(errors="replace")  # it may hold bytes that are not UTF-8
             prompt = tokenizer.encode(text).ids
         ids.append(prompt)
     return ids, tokenizer
@@ -1155,6 +1190,8 @@ if __name__ == "__main__":
 
         run_command(llama_neuron.main)
     else:
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(errors="replace")  # it may be ASCII
         try:
             main()
         except UsageError as error:

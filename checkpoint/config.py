@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ from checkpoint.files import read_eos, read_json, show
 from llama_neuron import ACT2FN, LlamaConfig, NeuronConfig, UsageError, shard_heads
 
 DTYPES = ("bfloat16", "float16", "float32")
+STORED = (*DTYPES, "float64")  # what a checkpoint may hold
+DTYPE_NAMES = {"half": "float16", "float": "float32", "double": "float64"}  # torch's other names, which HF takes too
 REQUIRED = object()  # a key without a default
 
 
@@ -25,9 +28,10 @@ class Kind(NamedTuple):
 
 COUNT = Kind(int, 1, 10_000, "an integer from 1 to 10,000")
 SIZE = Kind(int, 1, 2**24, "an integer from 1 to 2^24")  # float32 represents integers exactly only up to there
-LENGTH = Kind(int, 1, 10**9, "an integer from 1 to 1e9")
+LENGTH = Kind(int, 1, 10**9, "an integer from 1 to 1e9")  # in a config.json also 64.0, which HF computes with
 EPSILON = Kind(float, 0, 1, "a number from 0 to 1")
 NUMBER = Kind(float, 1e-9, 1e12, "a number above 0, up to 1e12")
+SCALE = Kind(float, 0, 1e12, "a number from 0 to 1e12")
 NUMBERS = Kind(list[float], 1e-9, 1e12, "a list of numbers above 0")
 LENGTHS = Kind(list[int], 1, 2**24, "a list of integers from 1 to 2^24")
 FLAG = Kind(bool, None, None, "true or false")
@@ -35,7 +39,7 @@ TEXT = Kind(str, None, None, "a string")
 
 # config.json: the kind of each key, and HF's default
 CONFIG_KEYS = {
-    "vocab_size": (SIZE, REQUIRED),
+    "vocab_size": (SIZE, 32000),
     "hidden_size": (SIZE, REQUIRED),
     "intermediate_size": (SIZE, REQUIRED),
     "num_hidden_layers": (COUNT, REQUIRED),
@@ -50,7 +54,6 @@ CONFIG_KEYS = {
     "is_causal": (FLAG, True),
     "rope_theta": (NUMBER, 10000.0),
     "max_position_embeddings": (LENGTH, 2048),
-    "original_max_position_embeddings": (LENGTH, None),
     "sliding_window": (LENGTH, None),
     "attention_chunk_size": (LENGTH, None),
     "dtype": (TEXT, None),  # transformers 5's name
@@ -75,8 +78,8 @@ ROPE_KEYS = {
         "beta_fast": (NUMBER, 32.0),
         "beta_slow": (NUMBER, 1.0),
         "truncate": (FLAG, True),
-        "mscale": (NUMBER, None),
-        "mscale_all_dim": (NUMBER, None),
+        "mscale": (SCALE, None),  # 0 is as if it were absent
+        "mscale_all_dim": (SCALE, None),
     },
     "longrope": {
         "original_max_position_embeddings": (LENGTH, None),
@@ -97,6 +100,13 @@ SETTINGS_KEYS = {
     "context_encoding_buckets": (LENGTHS, None),
     "prefill_chunk_size": (SIZE, None),
     "max_sequence_length": (LENGTH, None),
+}
+
+# what may lie in a folder without config.json, and what helps
+OTHER_FOLDERS = {
+    "adapter_config.json": "merge the adapter into its model first, `merge_and_unload()`, and save the result",
+    "snapshots": "name the folder in snapshots/",  # of the Hugging Face cache
+    "params.json": "convert Meta's format with transformers' convert_llama_weights_to_hf.py",
 }
 
 # the flags of convert_weights.py that set them, where a name is not `--` and the key
@@ -120,6 +130,8 @@ def read_keys(raw: dict, table: dict[str, tuple[Kind, object]], where: str) -> d
     values = {}
     for key, (kind, default) in table.items():
         value = raw.get(key)
+        if kind is LENGTH and isinstance(value, float) and value.is_integer():
+            value = int(value)
         if value is None and default is not REQUIRED:
             values[key] = default
         elif not fits(value, kind):
@@ -149,8 +161,9 @@ def complete_rope(raw: dict, values: dict, where: str) -> dict:
     rope = read_keys(given, table, f"{where}: rope_type {kind!r}")
     positions = values["max_position_embeddings"]
     if "original_max_position_embeddings" in rope:
-        top_level = values["original_max_position_embeddings"]
-        rope["original_max_position_embeddings"] = top_level or rope["original_max_position_embeddings"] or positions
+        original = "original_max_position_embeddings"
+        top_level = read_keys(raw, {original: (LENGTH, None)}, where)[original]
+        rope[original] = top_level or rope[original] or positions
     if "factor" in rope and rope["factor"] is None:
         rope["factor"] = positions / rope["original_max_position_embeddings"]
     for key in ("short_factor", "long_factor"):
@@ -167,6 +180,10 @@ def read_config(hf: Path) -> dict:
     formats of transformers 4 and 5, so that both compute this model. Its dtype may be absent (see `convert`). Raises
     UsageError, naming the file and key, if a value is invalid or unsupported."""
     path = Path(hf, "config.json")
+    if not os.path.lexists(path):
+        for name, advice in OTHER_FOLDERS.items():
+            if os.path.exists(Path(hf, name)):
+                raise UsageError(f"{path} not found, but {name}: {advice}")
     raw = read_json(path)
     config = complete_config(raw, path)
     config["eos_token_id"] = read_eos(Path(hf), raw)
@@ -175,7 +192,7 @@ def read_config(hf: Path) -> dict:
 
 def complete_config(raw: dict, path: Path) -> dict:
     """The same for the content of a config.json that has been read, but for its EOS ids."""
-    model_type = raw.get("model_type", "llama")
+    model_type = raw.get("model_type") or "llama"
     if model_type != "llama":
         model = f"model_type {show(model_type)} of {show(raw.get('architectures'))}"
         raise UsageError(f"{path}: {model} is not supported (supported: 'llama')")
@@ -201,8 +218,9 @@ def complete_config(raw: dict, path: Path) -> dict:
     if not values["is_causal"]:
         raise UsageError(f"{path}: is_causal false is not supported, Llama is a causal decoder")
     dtype = values["dtype"] or values["torch_dtype"]
-    if dtype not in (None, *DTYPES):
-        raise UsageError(f"{path}: dtype {show(dtype)} is not supported (supported: {', '.join(DTYPES)})")
+    dtype = DTYPE_NAMES.get(dtype, dtype)
+    if dtype not in (None, *STORED):
+        raise UsageError(f"{path}: dtype {show(dtype)} is not supported (supported: {', '.join(STORED)})")
 
     values.update(num_key_value_heads=kv_heads, head_dim=head_dim)
     rope = complete_rope(raw, values, str(path))

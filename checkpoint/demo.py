@@ -29,6 +29,10 @@ def make_demo(directory: Path | None = None) -> Path:
     if directory.exists():
         raise UsageError(f"--hf {directory} is there already and holds no checkpoint: name another one")
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--hf {directory}: {error.strerror}, name another directory") from None
+    try:
         import accelerate  # noqa: F401  transformers reads GGUF with these two
         import gguf  # noqa: F401
         import transformers
@@ -53,7 +57,6 @@ def make_demo(directory: Path | None = None) -> Path:
         settings.pop(key, None)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     model.load_state_dict(gguf_model.state_dict())
-    directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
         model.to(torch.bfloat16).save_pretrained(Path(folder, NAME))
         tokenizer.save_pretrained(Path(folder, NAME))

@@ -113,9 +113,12 @@ def claim(out: Path, names: set[str], source: Path) -> Iterator[list[int]]:
     Raises UsageError if `out` holds other files, holds files of `source`, or is another process's. The lock is on the
     record, and ends with the process.
     """
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    found = os.listdir(out)
+    new = not os.path.exists(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = os.listdir(out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}, name another directory") from None
     if found and RECORD not in found:
         raise UsageError(f"--out {out} holds files that are not a conversion: name a new or an empty directory")
     opened = os.open(out / RECORD, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -129,7 +132,7 @@ def claim(out: Path, names: set[str], source: Path) -> Iterator[list[int]]:
         except OSError as error:  # of a file system without locks
             raise OSError(f"--out {out} cannot be locked, convert to another disk and copy: {error}") from None
         before = set(os.fsdecode(record.read(2**20)).splitlines())
-        inputs = {(path.stat().st_dev, path.stat().st_ino) for path in source.iterdir() if path.exists()}
+        inputs = {(path.stat().st_dev, path.stat().st_ino) for path in source.iterdir() if os.path.exists(path)}
         for path in out.iterdir():
             if path.name in before and (path.lstat().st_dev, path.lstat().st_ino) in inputs:
                 raise UsageError(f"--out {path} is a file of {source}: name another directory")

@@ -23,10 +23,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint.config import check_converted, check_settings, llama_config, shard_shapes
-from checkpoint.files import check_file, read_json, show
+from checkpoint.files import check_file, read_json, reason, show
 from checkpoint.output import DTYPES as SAFETENSORS_DTYPES
 from checkpoint.tensors import rotary_tensors
-from llama_neuron import NeuronConfig, UsageError, shard_path
+from llama_neuron import NeuronConfig, UsageError, is_under_torchrun, shard_path
 
 # files a conversion writes in addition to the shards and neuron_config.json
 SMALL_FILES = (
@@ -38,7 +38,7 @@ SMALL_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-SEALED_FILES = ("config.json", "generation_config.json", "tokenizer.json")
+SEALED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 UNREAD = ("generation_config.json",)  # its EOS ids are in config.json too, where `llama_neuron.py` reads them
 
 
@@ -88,7 +88,7 @@ def check_seal(ckpt: str | Path, ranks: Iterable[int] | None = None) -> None:
     ckpt = Path(ckpt)
     with refusing(ckpt):
         edited = find_edited(ckpt, ranks)
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:  # one of torchrun's ranks says it
+    if is_under_torchrun() and os.environ["LOCAL_RANK"] != "0":  # one of torchrun's ranks says it
         return
     read = [name for name in edited if name not in UNREAD]
     unread = [name for name in edited if name in UNREAD]
@@ -128,6 +128,8 @@ def find_edited(ckpt: Path, ranks: Iterable[int] | None) -> list[str]:
             edited.add(name)
     if "tokenizer.json" in edited:
         check_tokenizer(ckpt / "tokenizer.json")
+    if "tokenizer_config.json" in edited:
+        read_json(ckpt / "tokenizer_config.json")
     is_sealed = all("seal" in shard.facts for shard in shards)
     if not is_sealed or edited & {"config.json", "neuron_config.json"} or "config.json" not in settings["sha256"]:
         config = check_converted(ckpt / "config.json")
@@ -162,7 +164,7 @@ def check_tokenizer(path: Path) -> None:
     try:
         Tokenizer.from_file(str(path))
     except Exception as error:  # the class that it raises
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
 
 
 # ---- shards
@@ -183,8 +185,8 @@ class Header(NamedTuple):
 def read_header(ckpt: Path, rank: int) -> Header:
     """Reads what is compared of a shard. Raises UsageError if it is missing or damaged."""
     path = shard_path(ckpt, rank)
-    check_file(path)
-    if not path.exists():  # safetensors reports every failure to open a file as "not found"
+    check_file(path, is_weights=True)  # safetensors reports every failure to open a file as "not found"
+    if not path.exists():
         raise UsageError(f"{path} is missing")
     table = []
     ranks = []
@@ -199,8 +201,10 @@ def read_header(ckpt: Path, rank: int) -> Header:
                 if ".rotary_emb." in name:
                     rotary[name] = shard.get_tensor(name)
             return Header(path, rank, shard.metadata() or {}, table, ranks, rotary)
+    except OSError as error:  # the file is there, and was opened before
+        raise OSError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:  # safetensors raises a class of its own
-        raise UsageError(f"{path} is damaged ({error})") from None
+        raise UsageError(f"{path} is damaged ({reason(error)})") from None
 
 
 def check_identity(shard: Header, settings: dict) -> None:
@@ -243,7 +247,12 @@ def check_contents(shard: Header, config: dict, neuron: NeuronConfig) -> None:
 
 
 def how_to_convert(ckpt: Path) -> str:
-    """The command that makes a conversion: out of `ckpt` itself, if that is a checkpoint of Hugging Face."""
-    is_conversion = any(ckpt.glob("tp*_sharded_checkpoint.safetensors")) or (ckpt / "neuron_config.json").exists()
+    """The command that makes a conversion: out of `ckpt` itself, if that is a checkpoint of Hugging Face, else for as
+    many ranks as it was made for."""
+    try:
+        tp = read_settings(ckpt)["tp_degree"]
+    except (UsageError, OSError):
+        tp = sum(os.path.lexists(shard_path(ckpt, rank)) for rank in range(1000))
+    is_conversion = tp > 0 or os.path.lexists(ckpt / "neuron_config.json")
     hf = "HF_DIR" if is_conversion else ckpt
-    return f"convert again, `python convert_weights.py --hf {hf} --out ./weights --tp 1`"
+    return f"convert again, `python convert_weights.py --hf {hf} --out ./weights --tp {max(tp, 1)}`"

@@ -27,7 +27,7 @@ def check_values(path: Path) -> int:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         while size := file.readinto(block):
             digest.update(block[:size])
-    written = header.get("__metadata__", {}).get("data_sha256")
+    written = (header.get("__metadata__") or {}).get("data_sha256")
     if written is None:
         raise UsageError(f"{path} has no digest of its values: convert_weights.py did not write it")
     if digest.hexdigest() != written:

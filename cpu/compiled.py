@@ -142,10 +142,11 @@ def named(name: str, sources: Iterable[Path], *depends_on: object) -> str:
 
 
 def compile_module(module: nn.Module, arguments: tuple, any_length: list[tuple], scratch: str) -> Path:
-    """Makes a module's code in a folder, for what `example_arguments` gives."""
+    """Makes a module's code in a folder, for what `example_arguments` gives. Raises OSError if the compiler fails."""
     check()
     from torch._inductor.cpp_builder import CppBuilder
     from torch._inductor.cpu_vec_isa import VecISA
+    from torch._inductor.exc import CppCompileError, InductorError
 
     options = {
         # a normed row is kept, not computed again for every row of each weight: 0.9 x the time of a token
@@ -170,7 +171,14 @@ def compile_module(module: nn.Module, arguments: tuple, any_length: list[tuple],
     with torch.no_grad():
         program = torch.export.export(Stateless(module), arguments, dynamic_shapes=shapes)
         graph = program.run_decompositions(DECOMPOSITIONS).module()
-        return Path(torch._inductor.aot_compile(graph, arguments, options=options))
+        try:
+            return Path(torch._inductor.aot_compile(graph, arguments, options=options))
+        except InductorError as error:  # around whatever went wrong
+            if isinstance(error.inner_exception, CppCompileError):
+                raise products.compiler_failed(error.inner_exception.output) from None
+            if isinstance(error.inner_exception, OSError):
+                raise error.inner_exception from None
+            raise
 
 
 def compile_library(scratch: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -50,21 +51,38 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+def compiler_failed(output: str) -> OSError:
+    """What to raise if the compiler has failed: its first complaint that tells why, and what to set."""
+    complaint = re.search(r".*(?:no space left|error).*", output, re.IGNORECASE)
+    reason = complaint[0].strip() if complaint else "it says nothing"
+    fix = "give it room, set TORCHINDUCTOR_CACHE_DIR to another folder, or CXX to another compiler"
+    return OSError(f"the C++ compiler {compiler()} failed ({reason}): {fix}")
+
+
 def compile_products(scratch: str) -> Path:
-    """The library, in a folder. Raises what `subprocess.run` raises."""
+    """The library, in a folder. Raises OSError if the compiler fails."""
     home = Path(torch.__file__).parent
     made = Path(scratch, "products.so")
     torchs = "-I", home / "include", "-L", home / "lib", "-ltorch_cpu"
-    subprocess.run([compiler(), *FLAGS, "-o", made, SOURCE, *torchs], check=True)
+    line = [compiler(), *FLAGS, "-o", made, SOURCE, *torchs]
+    ran = subprocess.run(line, capture_output=True, text=True, errors="replace")
+    if ran.returncode != 0:
+        raise compiler_failed(ran.stderr)
     return made
 
 
 def load(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
     """Loads the library, also for ahead-of-time code that is loaded later.
 
-    Returns the product: x [...,E], weight [N,E] of one dtype in DTYPES -> float32 [...,N].
+    Returns the product: x [...,E], weight [N,E] of one dtype in DTYPES -> float32 [...,N]. Raises OSError if it cannot
+    be loaded.
     """
-    function = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL).few_rows_linear
+    try:
+        library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:  # of a disk that is mounted noexec
+        fix = "set TORCHINDUCTOR_CACHE_DIR to a folder whose disk allows that"
+        raise OSError(f"compiled code cannot be executed ({error}): {fix}") from None
+    function = library.few_rows_linear
     pointer = ctypes.c_void_p
     size = ctypes.c_int64
     function.argtypes = pointer, pointer, pointer, size, size, size, ctypes.c_int32

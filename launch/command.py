@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,10 +13,17 @@ from llama_neuron import UsageError
 
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command and reports a failure in one line: user errors exit with 2, I/O and rank failures with 1, Ctrl-C
-    with 130. Every other error is shown whole, such as the ImportError of a broken Neuron installation."""
+    with 130. Characters that stdout cannot show become "?".
+
+    Every other error is shown whole: it may be one in the model, or the ImportError of a broken Neuron installation. So
+    whoever asks the machine for something (memory, a compiler, a folder) turns the failure into an OSError that names
+    what to set.
+    """
     try:
         if sys.stdout is None:  # the next file opened would become stdout
             raise OSError("stdout is closed: redirect it, to /dev/null if need be")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # and not a test's or a notebook's
+            sys.stdout.reconfigure(errors="replace")  # it may be ASCII
         main()
         print(end="", flush=True)
     except (UsageError, OSError, KeyboardInterrupt) as error:

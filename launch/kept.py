@@ -25,6 +25,8 @@ from torch import nn
 import llama_neuron
 from launch.ranks import die_with_parent, fork
 
+OTHER_FOLDER = "name a folder of your own by TORCHINDUCTOR_CACHE_DIR"
+
 
 def is_own(path: Path) -> bool:
     """Whether a file or folder is this user's, and nobody else's to write."""
@@ -38,12 +40,15 @@ def open_folder(folder: str | Path | None) -> Path:
 
     Raises OSError if it cannot be made or somebody else may write there.
     """
-    if folder is None:
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "~/.cache/llama_neuron")
-    folder = Path(folder).expanduser().resolve()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = Path(folder or os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "~/.cache/llama_neuron")
+    try:
+        folder = folder.expanduser().resolve()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        kind = type(error) if isinstance(error, OSError) else OSError
+        raise kind(f"{folder} cannot hold compiled code ({error}): {OTHER_FOLDER}") from None
     if not is_own(folder):
-        fix = f"`chmod go-w {folder}`, or name a folder of your own by TORCHINDUCTOR_CACHE_DIR"
+        fix = f"`chmod go-w {folder}`, or {OTHER_FOLDER}"
         raise OSError(f"{folder} is for compiled code, and others may write there: {fix}")
     return folder
 
@@ -104,8 +109,13 @@ def find_or_make(jobs: dict[str, Callable[[str], Path]], folder: str | Path | No
     kept = [Kept(name, folder) for name in jobs]
     missing = [code for code in kept if code.find() is None]
     if missing and (not dist.is_initialized() or dist.get_rank() == 0):
-        with tempfile.TemporaryDirectory(dir=open_folder(folder)) as scratch:
-            fork(partial(compile_file, missing, jobs, scratch), len(missing), name="compiler")
+        try:
+            with tempfile.TemporaryDirectory(dir=open_folder(folder)) as scratch:
+                fork(partial(compile_file, missing, jobs, scratch), len(missing), name="compiler")
+        except OSError as error:
+            if error.errno is None:  # it is one of ours, which say what to set
+                raise
+            raise OSError(f"compiled code cannot be kept ({error}): {OTHER_FOLDER}, with room in it") from None
     if dist.is_initialized():
         dist.barrier()
     return [code.find() for code in kept]

@@ -9,10 +9,14 @@ import resource
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 
-from llama_neuron import read_shard
+from launch.torchrun import program
+from llama_neuron import NeuronConfig, read_shard
+
+LONG_PROMPT = 1024  # tokens, from which on a CPU eager attention takes a multiple of sdpa's time
 
 
 class Report:
@@ -24,6 +28,9 @@ class Report:
         self.rank = rank
         self.decode = args.tokenizer.decode if args.tokenizer else str
         self.streams = rank == 0 and not args.json and args.tokenizer is not None and len(args.prompts) == 1
+        if rank == 0:
+            for notice in notices(args):
+                print(f"{program()}: {notice}", file=sys.stderr)
         self.streamed = ""
         self.began = began
         self.loaded = began if args.device == "nxd" else loaded  # NxD compiles while it loads: all is compile_s
@@ -82,6 +89,20 @@ class Report:
         print("\n\n".join(texts)[len(self.streamed) :])
         figures = (f"{name} {value:.4g}" for name, value in timings.items())
         print(f"on {self.args.device}:", *figures, file=sys.stderr)
+
+
+def notices(args: argparse.Namespace) -> list[str]:
+    """What the user of this run may not expect, a line each."""
+    lines = []
+    slots = args.sequence_length or NeuronConfig.from_pretrained(args.ckpt).sequence_length
+    positions = json.loads(Path(args.ckpt, "config.json").read_text()).get("max_position_embeddings", slots)
+    if slots > positions:
+        lines.append(f"the cache has {slots:,} slots, this model {positions:,} positions: text beyond them may be poor")
+    longest = max(map(len, args.prompts))
+    if longest > LONG_PROMPT and args.device == "cpu" and args.attn == "eager":
+        slow = f"a prompt of {longest:,} tokens is slow with eager attention"
+        lines.append(f"{slow}: --attn sdpa takes a fraction of the time")
+    return lines
 
 
 def peak_memory() -> int:

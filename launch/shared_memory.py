@@ -11,6 +11,7 @@ compiled code. The latter would wait for gloo forever: it holds Python's lock, w
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,10 +37,16 @@ class Shared:
 
 
 def allocate(ranks: int) -> Shared:
-    """Memory (2 MiB for each rank) and semaphores. Call it before the ranks are forked."""
-    slots = torch.empty(2, ranks, SLOT, dtype=torch.uint8).share_memory_()
+    """Memory (2 MiB for each rank) and semaphores. Call it before the ranks are forked. Only the semaphores need
+    /dev/shm, 4 KiB for each pair of ranks. Raises OSError if it has no room for them, or cannot be written."""
+    memory = mmap.mmap(-1, 2 * ranks * SLOT)  # without a file, for forked processes only
+    slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, ranks, SLOT)
     fork = mp.get_context("fork")
-    posts = [[fork.Semaphore(0) for _ in range(ranks)] for _ in range(ranks)]
+    try:
+        posts = [[fork.Semaphore(0) for _ in range(ranks)] for _ in range(ranks)]
+    except OSError as error:
+        size = f"{4 * ranks**2} KiB of /dev/shm for semaphores"
+        raise OSError(f"{ranks} ranks need {size} ({error}): give a container its own with --shm-size 1g") from None
     return Shared(slots, posts)
 
 

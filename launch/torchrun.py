@@ -25,6 +25,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from launch.ranks import BEAT, DONE, FAILED, GRACE, Listener, Sender, die_with_parent, no_answer
+from llama_neuron import is_under_torchrun
 
 FAILURE = "failed: its host says why"
 
@@ -42,7 +43,7 @@ def complain(what: str) -> None:
 
 def may_speak() -> bool:
     """Whether this process, which is about to end with an error, says why: of torchrun's ranks on a host, the first."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_under_torchrun():
         return True
     try:
         return agents_store(GRACE).add(f"spoken/{os.environ['GROUP_RANK']}", 1) == 1

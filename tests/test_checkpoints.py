@@ -6,7 +6,10 @@ the same model from a `twin`, spelled in a way that it knows.
 """
 
 import json
+import os
+import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -123,10 +126,10 @@ def convert(run: Callable[..., Ran]) -> Callable[..., Ran]:
 
 
 @pytest.fixture
-def refuse(run: Callable[..., Ran]) -> Callable[..., None]:
-    """The same, refused: exit code 2, one line on stderr that holds `says`, and nothing written."""
+def refuse(run: Callable[..., Ran]) -> Callable[..., str]:
+    """The same, refused: exit code 2, one line on stderr that holds `says` and is returned, and nothing written."""
 
-    def refuse_hf(*says: str, flags: tuple = ()) -> None:
+    def refuse_hf(*says: str, flags: tuple = ()) -> str:
         ran = run(convert_weights, "--hf", "hf", "--out", "out", "--tp", 1, *flags)
         assert (ran.code, ran.out) == (2, "")
         note, _, line = ran.err.rpartition("convert_weights.py: error: ")
@@ -134,6 +137,7 @@ def refuse(run: Callable[..., Ran]) -> Callable[..., None]:
         for text in says:
             assert text in ran.err
         assert not Path("out").exists()
+        return line
 
     return refuse_hf
 
@@ -372,6 +376,7 @@ def test_a_config_that_cannot_be_computed_is_refused_by_key(write, refuse, chang
 def test_a_window_is_refused_once_a_text_can_be_longer(write, convert, refuse, answer, key):
     hf = write(**{key: 24})
     refuse(key, "24", flags=("--sequence-length", 25))
+    assert f"hf/config.json: {key} ends sequences after 24 tokens here, prompts included" in convert().err
     convert("--dtype", "float32", "--sequence-length", 24)
     ours = answer("--prompt-ids", comma(IDS), "--max-new-tokens", NEW_TOKENS, "--ignore-eos")
     assert ours["ids"] == hf_generate(hf)
@@ -395,6 +400,55 @@ def test_what_changes_nothing_for_hf_changes_nothing_here(write, convert, change
     hf = write(**changes)
     convert("--dtype", "float32")
     assert_close(our_logits(), hf_logits(hf))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": None},
+        {"dtype": "half"},
+        {"torch_dtype": "float"},
+        {"dtype": "double"},
+        {"original_max_position_embeddings": "unread by this rope_type"},
+        old(500.0, **YARN | {"original_max_position_embeddings": 16.0}),
+        old(500.0, **YARN) | {"original_max_position_embeddings": 16.0},
+        old(500.0, rope_type="llama3", **LLAMA3 | {"original_max_position_embeddings": 32.0}),
+        old(500.0, **YARN, mscale=0.7, mscale_all_dim=0),
+        old(500.0, **YARN, mscale=0, mscale_all_dim=0.9),
+    ],
+    ids=str,
+)
+def test_values_that_hf_takes_are_taken(write, convert, changes):
+    hf = write(**changes)
+    convert("--dtype", "float32", "--sequence-length", 16)
+    assert_close(our_logits(), hf_logits(hf))
+
+
+def test_a_vocab_size_that_is_absent_is_hf_s(write, convert, refuse, tensors):
+    wide = {name: torch.randn(32000, 32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    hf = write(weights=tensors | wide)
+    write_json(hf / "config.json", {key: value for key, value in CONFIG.items() if key != "vocab_size"})
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+    save_file(tensors, hf / "model.safetensors")
+    shutil.rmtree("out")
+    refuse("has shape [320, 32], hf/config.json asks for [32000, 32] (vocab_size 32000, hidden_size 32)")
+
+
+TAKEN = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "gelu_new", "gelu_fast", "quick_gelu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_an_activation_has_the_bits_of_hf_s(name, dtype):
+    x = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([torch.finfo(dtype).min]))).to(dtype)
+    assert torch.equal(llama_neuron.ACT2FN[name](x), transformers.activations.ACT2FN[name](x))
+
+
+@pytest.mark.parametrize("name", sorted(transformers.activations.ACT2CLS.keys() - TAKEN))
+def test_every_other_activation_of_hf_is_refused_by_name(write, refuse, name):
+    write(hidden_act=name)
+    refuse(f"hf/config.json: hidden_act {name!r} is not supported")
 
 
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
@@ -423,7 +477,7 @@ def test_shards_have_the_dtype_that_hf_takes(write, convert, tensors, keys, file
     assert shard["model.norm.weight"].dtype == shard["model.layers.0.mlp.gate_proj.weight"].dtype == expected
 
 
-OTHER_DTYPES = {"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "BOOL": torch.bool}
+OTHER_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "BOOL": torch.bool}
 
 
 @pytest.mark.parametrize("dtype", OTHER_DTYPES)
@@ -433,6 +487,29 @@ def test_a_tensor_of_another_dtype_is_refused_by_name_whatever_is_asked_for(writ
     name = "model.layers.1.mlp.up_proj.weight"
     write(weights=tensors | {name: tensors[name].to(OTHER_DTYPES[dtype])}, **said)
     refuse(f"hf: {name} is of dtype {dtype}", "bfloat16, float16, float32", flags=flags)
+
+
+@pytest.mark.parametrize("names", ["all", "one", "a .bin"])
+@pytest.mark.parametrize("said", [{}, {"dtype": "float64"}, {"dtype": "float32"}], ids=str)
+def test_float64_is_converted_to_the_dtype_that_is_asked_for_as_by_hf(write, convert, tensors, names, said):
+    wide = {name: tensor.double() for name, tensor in tensors.items() if names != "one" or name == "model.norm.weight"}
+    wide["model.norm.weight"] *= 1 + 1e-12  # which float32 cannot tell from 1
+    hf = write(weights=tensors | wide, **said)
+    if names == "a .bin":
+        save_bin(tensors | wide, zipped=True)
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+
+
+def test_float64_is_not_a_dtype_of_shards(write, refuse, tensors):
+    write(weights={name: tensor.double() for name, tensor in tensors.items()})
+    refuse("hf: its tensors are float64: give --dtype bfloat16, float16, float32")
+
+
+def test_a_float64_beyond_float32_is_refused_by_name(write, refuse, tensors):
+    name = "model.norm.weight"
+    write(weights=tensors | {name: torch.full((32,), 1e300, dtype=torch.float64)})
+    refuse(f"hf: {name} holds numbers beyond float32: scale them", flags=("--dtype", "float32"))
 
 
 def test_so_is_a_tied_one_that_no_arithmetic_is_there_for(write, refuse, tensors):
@@ -610,9 +687,289 @@ def test_names_without_model_are_understood(write, convert, tensors, tied):
     assert_close(our_logits(), hf_logits(hf))
 
 
+def in_layers(name: str, *wrappers: str) -> str:
+    """A name with wrappers around each layer."""
+    return re.sub(r"(layers\.\d+)", r"\1." + ".".join(wrappers), name) if wrappers else name
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [
+        (["_orig_mod"], []),
+        (["module"], []),
+        (["module", "_orig_mod"], []),
+        (["_orig_mod", "module", "module"], []),
+        (["_forward_module"], []),
+        (["_fsdp_wrapped_module"], ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"]),
+        ([], ["_orig_mod"]),
+    ],
+    ids=str,
+)
+def test_what_a_wrapper_puts_into_names_is_taken_off_and_said(write, convert, tensors, before, inside):
+    hf = write("twin")
+    write(weights={".".join([*before, in_layers(name, *inside)]): tensor for name, tensor in tensors.items()})
+    err = convert("--dtype", "float32").err
+    assert_close(our_logits(), hf_logits(hf))
+    for wrapper in {*before, *inside}:
+        assert f"hf: {wrapper!r}, of " in err
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 takes random weights instead")
+@pytest.mark.parametrize("name", ["model.", "lm_head."])
+def test_one_model_too_many_is_understood_as_by_hf(write, convert, tensors, name):
+    hf = write(weights={f"model.{key}" if key.startswith(name) else key: tensors[key] for key in tensors})
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "medusa_head.0.0.linear.weight"])
+def test_heads_that_no_logit_depends_on_are_named_and_left_out(write, convert, tensors, name):
+    hf = write(weights=tensors | {name: torch.ones(1, 32)})
+    assert f"no effect: [{name!r}]" in convert("--dtype", "float32").err
+    assert_close(our_logits(), hf_logits(hf))
+
+
+def renamed(*changes: tuple[str, str], drop: str = "(?!)", **more: Tensor) -> Callable:
+    """Makes other weights out of `tensors`: names changed by regular expressions, some left out, some added."""
+
+    def make(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = {}
+        for name, tensor in tensors.items():
+            for pattern, replacement in changes:
+                name = re.sub(pattern, replacement, name)
+            if not re.search(drop, name):
+                weights[name] = tensor
+        return weights | {name.replace("__", "."): tensor.clone() for name, tensor in more.items()}
+
+    return make
+
+
+def quantized(dtype: torch.dtype | None, *suffixes: str) -> Callable:
+    """Projections in another dtype (None: left out), and other tensors beside them."""
+
+    def make(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = {}
+        for name, tensor in tensors.items():
+            if "_proj" not in name:
+                weights[name] = tensor
+                continue
+            if dtype is not None:
+                weights[name] = torch.ones(tensor.shape, dtype=dtype)
+            weights |= {name.removesuffix(".weight") + suffix: torch.ones(2) for suffix in suffixes}
+        return weights
+
+    return make
+
+
+PEFT, QUANTIZED = "merge_and_unload", "the model is quantized, though config.json has no quantization_config"
+NO_TEXT = "makes no text"
+NO_HEAD = r"^lm_head"
+ONE = torch.ones(1, 32)
+REMEDIES = [
+    ("a prefix", renamed(("^", "net.")), {}, ["'net.model.embed_tokens.weight'", "names begin with 'net.'"]),
+    ("a prefix of a LlamaModel", renamed(("^model", "encoder")), {}, ["names begin with 'encoder.'"]),
+    ("PEFT", renamed(("^", "base_model.model.")), {}, [PEFT, "'base_model.model.lm_head.weight'"]),
+    ("PEFT's base_layer", renamed(("q_proj", "q_proj.base_layer")), {}, [PEFT, "q_proj.base_layer.weight'"]),
+    ("LoRA beside weights", renamed(model__layers__0__lora_A__weight=ONE), {}, [PEFT]),
+    ("GPTQ", quantized(None, ".qweight", ".qzeros", ".scales", ".g_idx"), {}, [QUANTIZED, ".g_idx'"]),
+    ("AWQ", quantized(None, ".qweight", ".qzeros", ".scales"), {}, [QUANTIZED, ".qweight'"]),
+    ("bitsandbytes, 8 bits", quantized(torch.int8, ".SCB"), {}, [QUANTIZED, ".SCB'"]),
+    ("bitsandbytes, 4 bits", quantized(torch.uint8, ".weight.absmax"), {}, [QUANTIZED, ".weight.absmax'"]),
+    ("fp8", quantized(torch.float8_e4m3fn, ".weight_scale"), {}, [QUANTIZED, ".weight_scale'"]),
+    ("fp8 by blocks", quantized(torch.float8_e4m3fn, ".weight_scale_inv"), {}, [QUANTIZED]),
+    ("compressed-tensors", quantized(None, ".weight_packed", ".weight_scale", ".weight_shape"), {}, [QUANTIZED]),
+    ("HQQ", quantized(None, ".W_q", ".meta"), {}, [QUANTIZED]),
+    ("quanto", quantized(None, ".weight._data", ".weight._scale"), {}, [QUANTIZED]),
+    ("a lost tie", renamed(drop=NO_HEAD), {}, ["set tie_word_embeddings to true in config.json, where it is false"]),
+    ("LlamaModel", renamed(drop=NO_HEAD), {"architectures": ["LlamaModel"]}, [NO_TEXT, "['LlamaModel']", "tie_word_"]),
+    ("a reward model", renamed(drop=NO_HEAD, score__weight=ONE), {}, [NO_TEXT, "'score.weight'"]),
+    ("TRL's", renamed(drop=NO_HEAD, v_head__summary__bias=ONE), {}, [NO_TEXT, "'v_head.summary.bias'"]),
+    ("ColBERT", renamed(("^model.", ""), drop=NO_HEAD, linear__weight=ONE), {}, [NO_TEXT, "'linear.weight'"]),
+    ("fewer layers", renamed(), {"num_hidden_layers": 1}, ["set num_hidden_layers to 2 in config.json, where it is 1"]),
+    ("more layers", renamed(), {"num_hidden_layers": 9}, ["set num_hidden_layers to 2 in config.json, where it is 9"]),
+    ("biases that are not there", renamed(), {"attention_bias": True}, ["set attention_bias to false in config.json"]),
+    ("no MLP biases", renamed(), {"mlp_bias": True}, ["set mlp_bias to false in config.json, where it is true"]),
+    ("Qwen's biases", None, {}, ["set attention_bias to true in config.json, where it is false", "q_proj.bias'"]),
+    ("Qwen's norms", renamed(model__layers__0__self_attn__q_norm__weight=ONE), {}, ["as a LlamaForCausalLM"]),
+    ("a vision model", renamed(("^", "language_model."), vision_tower__x=ONE), {}, ["multimodal"]),
+    ("Mixtral", renamed(("mlp.gate_proj", "block_sparse_moe.experts.0.w1")), {}, ["mixture of experts"]),
+    ("fused projections", renamed(("q_proj", "qkv_proj"), drop=r"\.[kv]_proj"), {}, ["projections are fused"]),
+    ("Meta's names", renamed(("model.embed_tokens", "tok_embeddings")), {}, ["these are Meta's names"]),
+    ("llama.cpp's names", renamed(("model.embed_tokens", "token_embd")), {}, ["these are llama.cpp's names"]),
+]
+
+
+@pytest.mark.parametrize(("change", "config", "says"), [pytest.param(*case, id=name) for name, *case in REMEDIES])
+def test_names_that_do_not_fit_are_shown_with_what_helps(write, refuse, tensors, change, config, says):
+    """A new download would bring the same names."""
+    if change is None:
+        change = renamed(**{f"model__layers__{n}__self_attn__{x}_proj__bias": ONE for n in (0, 1) for x in "qkv"})
+    write(weights=change(tensors), **config)
+    assert "download" not in refuse("hf: ", *says)
+
+
+@pytest.mark.parametrize("drop", [r"^model.norm", r"layers.0"])
+def test_where_names_are_missing_and_nothing_else_is_wrong_a_new_download_may_help(write, refuse, tensors, drop):
+    write(weights=renamed(drop=drop)(tensors))
+    refuse("hf: missing tensors: ", "; download it again")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("vocab_size", 300), ("intermediate_size", 40), ("num_key_value_heads", 4), ("hidden_size", 64)]
+)
+def test_a_shape_that_does_not_fit_is_shown_with_the_keys_that_ask_for_it(write, refuse, key, value):
+    write(**{key: value})
+    refuse(", hf/config.json asks for ", f"{key} {value}")
+
+
+# ---- files that are there instead of a checkpoint
+
+
+def test_the_weights_that_config_json_names_are_read_as_by_hf(write, convert, tensors):
+    """And not model.safetensors, which lies beside them."""
+    doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+    hf = write(transformers_weights="other.safetensors")
+    save_file(doubled, hf / "other.safetensors", metadata={"format": "pt"})
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+    assert_close(our_logits(), hf_logits(write("twin", weights=doubled)))
+    edit("hf", transformers_weights="other.safetensors.index.json")
+    weight_map = dict.fromkeys(doubled, "other.safetensors")
+    write_json(hf / "other.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+
+
+@pytest.mark.parametrize("named", ["../x.safetensors", "/x.safetensors", "x.bin", "", 7, ["x.safetensors"]], ids=str)
+def test_weights_that_config_json_may_not_name_are_refused(write, refuse, named):
+    write(transformers_weights=named)
+    refuse("hf/config.json: transformers_weights must hold names of files beside it")
+
+
+def test_weights_that_config_json_names_in_vain_are_refused(write, refuse):
+    write(transformers_weights="x.safetensors")
+    refuse("hf has no x.safetensors, which config.json names: correct transformers_weights")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 269060552\n"
+PAGE = b"\r\n<!DOCTYPE html>\n<html><title>Sign in</title></html>\n"
+DENIED = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'
+LINK = "'../../blobs/a'"
+NOT_FILES = {
+    "a git LFS pointer": (lambda path: path.write_bytes(LFS), "a git LFS pointer, not the file itself: run `git lfs"),
+    "a page": (lambda path: path.write_bytes(PAGE), "a web page, not the file itself"),
+    "a server's answer": (lambda path: path.write_bytes(DENIED), "a web page, not the file itself"),
+    "a directory": (Path.mkdir, "a directory: remove it"),
+    "a link to nothing": (lambda path: path.symlink_to("../../blobs/a"), f"missing, a link to {LINK} is left"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"])
+def test_what_is_there_in_the_place_of_a_file_is_named(write, refuse, name, kind):
+    make, says = NOT_FILES[kind]
+    hf = write()
+    if name == "pytorch_model.bin":
+        (hf / "model.safetensors").unlink()
+    (hf / name).unlink(missing_ok=True)
+    make(hf / name)
+    refuse(f"hf/{name} ", says)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_json_in_the_place_of_weights_is_named(write, refuse, name):
+    hf = write()
+    (hf / "model.safetensors").unlink()
+    (hf / name).write_text('{"error": "Access to this model is restricted"}')
+    refuse(f"hf/{name} is JSON, not weights: download it again")
+
+
+def test_a_bin_of_other_bytes_is_not_said_to_hold_code(write, refuse):
+    hf = write()
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    with (hf / "pytorch_model.bin").open("r+b") as file:
+        file.write(bytes(range(60, 124)))
+    refuse("hf/pytorch_model.bin cannot be read", "it was not written by torch.save")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ["hf/config.json not found", PEFT]),
+        (["snapshots/"], ["hf/config.json not found, but snapshots: name the folder in snapshots/"]),
+        (["params.json", "consolidated.00.pth"], ["hf/config.json not found", "convert_llama_weights_to_hf.py"]),
+        (["config.json", "adapter_model.safetensors"], ["hf has no model.safetensors", PEFT]),
+        (["config.json", "model-00001-of-00002.safetensors"], ["hf has no model.safetensors", "download the index"]),
+        (["config.json", "model.gguf"], ["hf has no model.safetensors", "['model.gguf']", "save_pretrained"]),
+    ],
+    ids=str,
+)
+def test_a_folder_of_something_else_is_named(write, refuse, files, says):
+    hf = write()
+    (hf / "model.safetensors").unlink()
+    if "config.json" not in files:
+        (hf / "config.json").unlink()
+    for name in files:
+        if name.endswith("/"):
+            (hf / name).mkdir()
+        elif name != "config.json":
+            (hf / name).write_text("{}")
+    refuse(*says)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "hf/config.json", "loop"], ids=["long", "file", "loop"])
+@pytest.mark.parametrize("flag", ["--hf", "--out"])
+def test_a_path_that_leads_nowhere_is_refused_by_name(write, run, flag, name):
+    hf = write()
+    Path("loop").symlink_to("loop")
+    paths = {"--hf": hf, "--out": "out"} | {flag: f"{name}/x" if flag == "--out" else name}
+    ran = run(convert_weights, "--tp", 1, *(part for item in paths.items() for part in item))
+    assert ran.code == 2 and name in ran.err.splitlines()[-1]
+
+
+def test_a_demo_that_cannot_be_put_there_is_refused_before_it_is_fetched(write, run):
+    write()
+    ran = run(convert_weights, "--demo", "--hf", "hf/config.json/x/y", "--out", "out", "--tp", 1)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "--hf hf/config.json/x/y: Not a directory, name another directory" in ran.err
+
+
+def test_a_home_is_found_behind_an_equals_sign(write, run, monkeypatch, tmp_path):
+    write()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(convert_weights, "--hf=~/hf", "--out=~/out", "--tp", 1).code == 0
+    assert Path("out/neuron_config.json").exists() and not Path("~").exists()
+
+
+def test_files_beside_a_checkpoint_that_nobody_opens_are_not_checked(write, convert, tensors):
+    hf = write()
+    for name in ("trainer_state.json", "train.log", "my_tokenizer.json", "vocab_statistics.txt", "merges_old.txt"):
+        (hf / name).touch()
+        os.truncate(hf / name, 70 * 2**20)
+    for name in ("notes.txt", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+        (hf / name).symlink_to("nowhere")
+    (hf / "loop").symlink_to("loop")
+    (hf / "tokenizer").mkdir()
+    os.mkfifo(hf / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(hf / "socket"))
+    convert("--dtype", "float32")
+    assert_close(our_logits(), hf_logits(hf))
+
+
+def test_why_a_tokenizer_cannot_be_read_is_said_whole(write, convert):
+    hf = write()
+    try:
+        AutoTokenizer.from_pretrained(hf)
+    except Exception as error:
+        why = " ".join(str(error).split())
+    assert f"({why}): give prompts by --prompt-ids" in convert().err
+
+
 def test_a_tensor_under_both_names_is_refused(write, refuse, tensors):
     write(weights=tensors | {"norm.weight": torch.zeros_like(tensors["model.norm.weight"])})
-    refuse("hf", "model.norm.weight")
+    refuse("hf", "'model.norm.weight'", "'norm.weight'")
 
 
 def test_an_absent_o_proj_bias_is_zero(write, convert, tensors):
@@ -885,7 +1242,7 @@ def test_every_file_that_is_opened_for_a_tokenizer_is_checked_first(write, conve
         (hf / name).write_text("")
     checked, opened = set(), []
 
-    def check(path: Path) -> None:
+    def check(path: Path, is_weights: bool = False) -> None:
         checked.add(path.resolve())
 
     def hook(event: str, arguments: tuple) -> None:

@@ -27,8 +27,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Split, Whitespace
 from torch import Tensor
 
 from tests.helpers import ROOT, hf_greedy, hf_model
@@ -180,10 +181,10 @@ def convert(run: Callable[..., Ran]) -> Callable[..., None]:
     return convert_hf
 
 
-def run_process(*command: object, stdin: str = "") -> Ran:
+def run_process(*command: object, stdin: str = "", **environment: str) -> Ran:
     """`python COMMAND ...` in a process of its own."""
     line = [sys.executable, *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     ran = subprocess.run(line, input=stdin, capture_output=True, text=True, env=environment, timeout=100)
     return Ran(ran.returncode, ran.stdout, ran.stderr)
 
@@ -287,6 +288,131 @@ def test_bytes_that_are_no_utf_8_count_as_an_unknown_character(run, ask):
     piped = result(run(LLAMA, *flags, stdin=pipe(b"w7 \xff")))
     for answer in (piped, ask("weights1", [], "--prompt", os.fsdecode(b"w7 \xff"), "--max-new-tokens", 1)):
         assert answer["completions"][0]["prompt_ids"] == [7, WORDS.index("<unk>")]
+
+
+@pytest.fixture
+def letters() -> Callable[[str], list[int]]:
+    """`hf` gets a token for every character, one of them special. letters(text): the ids of HF's AutoTokenizer."""
+    tokens = ["\n", "é", *map(chr, range(32, 125)), "<end>"]
+    tokenizer = Tokenizer(WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save("hf/tokenizer.json")
+    return lambda text: transformers.AutoTokenizer.from_pretrained("hf")(text).input_ids
+
+
+TEMPLATE = "<end>user\nHi<end>\n<end>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [
+        ("one line\n", "one line"),  # as `echo` writes it
+        ("one line", "one line"),
+        (TEMPLATE, TEMPLATE),
+        ("    if x:\n        y\n", "    if x:\n        y\n"),
+        ("    x\n", "    x"),
+        ("two\n\n", "two\n\n"),
+        ("   ", "   "),
+        ("\n\n", "\n\n"),
+    ],
+    ids=repr,
+)
+def test_piped_text_is_taken_as_it_is_but_for_the_newline_of_a_single_line(run, convert, letters, piped, prompt):
+    convert(1)
+    answer = result(run(LLAMA, "--ckpt", "out", "--max-new-tokens", 1, "--json", stdin=pipe(piped.encode())))
+    assert answer["completions"][0]["prompt_ids"] == letters(prompt)
+
+
+def test_an_empty_line_is_an_empty_prompt(run):
+    assert_refused(run(LLAMA, "--ckpt", "weights1", stdin=pipe(b"\n")), LLAMA, "prompt 1 is empty")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_special_tokens_in_a_text_are_split_if_the_tokenizer_says_so(convert, ask, letters, split):
+    edit_json(Path("hf/tokenizer_config.json"), split_special_tokens=split)
+    convert(1)
+    answer = ask("out", [], "--prompt", TEMPLATE, "--max-new-tokens", 1)
+    assert answer["completions"][0]["prompt_ids"] == letters(TEMPLATE)
+    assert (95 in letters(TEMPLATE)) == (not split)
+
+
+def test_a_home_is_found_where_the_shell_does_not_look(ask, monkeypatch, hf_ids):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    answer = result(run_process(ROOT / LLAMA, "--ckpt=~/weights1", *by_ids(MIDDLE), "--json"))
+    assert new_ids(answer) == [hf_ids(MIDDLE, 64)]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "one", "WORLD_SIZE": ""},
+        {"LOCAL_RANK": "1"},
+        {"MASTER_ADDR": "nowhere", "MASTER_PORT": "x"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1"},
+        {"TORCHELASTIC_RUN_ID": "none"},
+        {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+    ],
+    ids=str,
+)
+def test_half_of_a_launchers_variables_mean_nothing(run, ask, monkeypatch, hf_ids, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert new_ids(ask("weights1", [MIDDLE])) == [hf_ids(MIDDLE, 64)]
+    assert_refused(run(LLAMA, "--ckpt", "weights1", "--tp", 2), LLAMA, "--tp 2")
+
+
+def test_half_of_a_launchers_variables_mean_nothing_to_several_ranks(hf_ids):
+    variables = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}
+    answer = result(run_process(ROOT / LLAMA, "--ckpt", "weights2", *by_ids(MIDDLE), "--json", **variables))
+    assert new_ids(answer) == [hf_ids(MIDDLE, 64)]
+
+
+@pytest.mark.parametrize("script", [ROOT / LLAMA, Path("alone", LLAMA)], ids=["whole", "alone"])
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_characters_that_standard_output_lacks_are_replaced(convert, letters, script, variables):
+    convert(1)
+    Path("alone").mkdir()
+    shutil.copy(ROOT / LLAMA, "alone")
+    for prompts, stdin in ((("--prompt", "né"), ""), ((), "né\n")):
+        ran = run_process(script, "--ckpt", "out", *prompts, "--max-new-tokens", 1, stdin=stdin, **variables)
+        assert ran.code == 0 and ran.out.startswith("n?"), ran.err
+
+
+LONGER = [7] * 1100
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), ["prompt of 1,100 tokens", "eager attention", "--attn sdpa"]),
+        (("--attn", "sdpa"), []),
+        (("--attn", "flash"), []),
+    ],
+    ids=str,
+)
+def test_a_long_prompt_with_eager_attention_is_said_to_be_slow(run, flags, says):
+    edit_json(Path("weights1/config.json"), max_position_embeddings=2048)
+    flags = ("--sequence-length", 2048, *by_ids(LONGER), "--max-new-tokens", 1, "--json", *flags)
+    ran = run(LLAMA, "--ckpt", "weights1", *flags)
+    _, *lines = ran.err.splitlines()  # the first says that config.json was edited
+    assert ran.code == 0 and len(lines) == bool(says)
+    assert [part for part in says if part not in lines[0]] == []
+
+
+def test_more_slots_than_positions_are_said_and_used(run, hf_ids):
+    flags = ("--sequence-length", 4096, *by_ids(MIDDLE), "--json")
+    ran = run(LLAMA, "--ckpt", "weights1", *flags)
+    assert new_ids(result(ran)) == [hf_ids(MIDDLE, 64)]
+    assert ran.err.count("\n") == 1 and "4,096 slots" in ran.err and "256 positions" in ran.err
+    assert run(LLAMA, "--ckpt", "weights1", "--sequence-length", 256, *flags[2:]).err == ""
 
 
 def test_without_a_tokenizer_ids_are_shown_as_they_are_and_text_is_refused(run, hf_ids):
@@ -907,9 +1033,9 @@ WRONG_FLAGS = [
     (f"{LLAMA1} --tp 0", "--tp", "positive", "'0'"),
     (f"{LLAMA1} --max-new-tokens x", "--max-new-tokens", "positive", "'x'"),
     (f"{LLAMA1} --prompt-ids 7,x", "--prompt-ids", "'7,x'"),
-    (f"{LLAMA1} --prompt-ids 7,96", "prompt 1", "token id", "95"),
-    (f"{LLAMA1} --prompt-ids 7 --prompt-ids=7,-1", "prompt 2", "token id", "95"),
-    (f"{LLAMA1} --prompt=", "prompt 1"),
+    (f"{LLAMA1} --prompt-ids 7,96,97", "prompt 1", "token id 96 at place 2", "95"),
+    (f"{LLAMA1} --prompt-ids 7 --prompt-ids=7,-1", "prompt 2", "token id -1 at place 2", "95"),
+    (f"{LLAMA1} --prompt=", "prompt 1 is empty"),
     (f"{LLAMA1} --sequence-length 2 --prompt-ids 7,8", "prompt 1", "2 tokens", "--sequence-length"),
     (f"{LLAMA1} --batch-size 1 --prompt-ids 7 --prompt-ids 8", "2 prompts", "--batch-size 1"),
     (f"{LLAMA1} --batch-size {2**24}", "does not fit in memory", "--batch-size", "--sequence-length"),

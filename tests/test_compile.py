@@ -1,7 +1,10 @@
 """`--compile`: what compiled code decodes, against Hugging Face. What `cpu/` does on its own is in `test_cpu.py`."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from launch.compiled import compile_decode
 from llama_neuron import LlamaForCausalLM, backend_for, generate, load_model
 from test_llama_neuron import NEW_TOKENS, PROMPTS, TOLERANCE, greedy_logits
 from tests.helpers import ROOT, command, hf_greedy, hf_model
+from tests.test_ranks import mounting
 
 # biases, gelu_pytorch_tanh and no even size; llama3 rope, tied embeddings and three query heads for a KV head
 ODD, LLAMA3 = "odd sizes", "llama-3.2"
@@ -180,6 +184,53 @@ def test_if_code_cannot_be_kept_one_line_names_the_folder(converted: Callable) -
     file = converted(ODD) / "config.json"
     line = refusal("--ckpt", converted(ODD), TORCHINDUCTOR_CACHE_DIR=str(file))
     assert "File exists" in line and str(file) in line
+
+
+NAMELESS = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
+# what root can read, this user can too: the checkout and Python may be in root's home
+NAMELESS += ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", [(), ("HOME=/",), ("HOME=/nonexistent",)], ids=str)
+def test_without_a_home_one_line_names_the_variable(home: tuple[str, ...], converted: Callable) -> None:
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("only root can be a user without a name, by setpriv")
+    prefix = (*NAMELESS, "env", "-u", "HOME", "-u", "TORCHINDUCTOR_CACHE_DIR", *home)
+    assert "name a folder of your own by TORCHINDUCTOR_CACHE_DIR" in refusal_of(prefix, converted(ODD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("size=64k", "No space left on device"),  # for the library
+        ("size=1m", "No space left on device"),  # for the layer
+        ("size=200m,nr_inodes=6", "No space left on device"),
+        ("size=200m,noexec", "compiled code cannot be executed"),
+        ("ro", "Read-only file system"),
+    ],
+)
+def test_a_disk_that_cannot_hold_code_is_named_in_one_line(
+    options: str, says: str, converted: Callable, tmp_path: Path
+) -> None:
+    prefix = (*mounting(options, str(tmp_path)), "env", f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/code")
+    line = refusal_of(prefix, converted(ODD))
+    assert says in line and "TORCHINDUCTOR_CACHE_DIR" in line
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_named_in_one_line(converted: Callable, tmp_path: Path) -> None:
+    line = refusal("--ckpt", converted(ODD), CXX="false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert "the C++ compiler false failed" in line and "CXX" in line
+
+
+def refusal_of(prefix: tuple[str, ...], ckpt: Path) -> str:
+    """The one line on stderr with which the command refuses that starts with `prefix`."""
+    line = (*prefix, sys.executable, str(ROOT / COMMAND), "--compile", "--prompt-ids", "1,2", "--ckpt", str(ckpt))
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1), ran.stderr
+    return ran.stderr
 
 
 def test_ranks_of_torchrun_are_refused(converted: Callable) -> None:

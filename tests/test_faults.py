@@ -69,8 +69,8 @@ ROPES = {
 }
 ROPE_KEYS = sorted({key for rope in ROPES.values() for key in rope} | {"original_max_position_embeddings", "type"})
 RECORD, FIRST, SECOND = ".conversion", *(f"tp{rank}_sharded_checkpoint.safetensors" for rank in range(2))
+# whose digests a conversion keeps
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-READ_FILES = SMALL_FILES[:3]  # whose digests a conversion keeps
 
 
 # ---- checkpoints
@@ -194,7 +194,7 @@ def said_edited(ran: Ran) -> set[str]:
 def assert_intact(ckpt: str, edited: set[str] | None = None) -> None:
     ran = load(ckpt)
     assert said_edited(ran) == (edited or set())
-    assert_refused(ran, "prompt 1 holds token ids outside of 0 to 39")
+    assert_refused(ran, "prompt 1 holds token id 40 at place 1: this model has 0 to 39")
 
 
 # ---- values and bytes
@@ -206,6 +206,7 @@ VALUES = st.sampled_from(ODD) | st.recursive(
     lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(max_size=5), parts, max_size=3),
     max_leaves=4,
 )
+UNUSUAL = ["sliding_window", "is_causal", "quantization_config", "dtype", "transformers_weights"]
 DEEP = "[" * 50_000 + "]" * 50_000
 FAST = settings(
     max_examples=150, deadline=5000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -261,7 +262,7 @@ def damaged(draw: Callable, content: bytes) -> bytes:
 
 
 @FAST
-@given(key=st.sampled_from([*CONFIG, "sliding_window", "is_causal", "quantization_config", "dtype"]), value=VALUES)
+@given(key=st.sampled_from([*CONFIG, *UNUSUAL]), value=VALUES)
 def test_a_config_of_odd_values_is_refused_or_computed(key, value):
     with spoilt("hf/config.json", json.dumps(CONFIG | {key: value}).encode()):
         assert_ends_well("hf")
@@ -376,7 +377,7 @@ def test_a_shard_whose_header_was_changed_is_refused_or_has_the_same_tensors(dat
 
 
 @FAST
-@given(data=st.data(), name=st.sampled_from([*READ_FILES, "neuron_config.json"]))
+@given(data=st.data(), name=st.sampled_from([*SMALL_FILES, "neuron_config.json"]))
 def test_a_small_file_of_a_conversion_that_was_changed_in_any_byte_is_said_or_refused(data, name):
     original = Path("weights", name).read_bytes()
     changed = data.draw(damaged(original))
@@ -415,7 +416,7 @@ def test_of_the_files_of_two_conversions_only_json_files_may_be_mixed():
         ckpt = mixture(same | {name: f"{folder}/{name}" for name, folder in chosen.items()})
         conversion = chosen["neuron_config.json"]
         if chosen[FIRST] == chosen[SECOND] == conversion:
-            assert_intact(ckpt, {name for name in READ_FILES if chosen[name] != conversion})
+            assert_intact(ckpt, {name for name in SMALL_FILES if chosen[name] != conversion})
         else:
             wrong = FIRST if chosen[FIRST] != conversion else SECOND
             assert_refused(load(ckpt), f"--ckpt mixed: mixed/{wrong}", "its conversion_id", "convert again")
@@ -470,6 +471,104 @@ def test_shards_of_nxd_itself_give_the_same_ids(by_hand):
     assert_refused(run("verify.py", "weights"), FIRST, "has no digest of its values")
 
 
+@pytest.mark.parametrize("metadata", [None, {}, "absent"], ids=str)
+def test_a_shard_without_metadata_is_read_and_has_no_digest(metadata):
+    for name in (FIRST, SECOND):
+        table, data = header(Path("weights", name).read_bytes())
+        del table["__metadata__"]
+        more = {} if metadata == "absent" else {"__metadata__": metadata}
+        Path("weights", name).write_bytes(with_header(table | more, data))
+    assert_intact("weights")
+    assert_refused(run("verify.py", "weights"), FIRST, "has no digest of its values")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 269060552\n"
+NOT_FILES = {
+    "a git LFS pointer": (lambda path: path.write_bytes(LFS), "is a git LFS pointer, not the file itself"),
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html></html>"), "is a web page, not the file itself"),
+    "a directory": (Path.mkdir, "is a directory"),
+    "a link to nothing": (lambda path: path.symlink_to("nowhere"), "is missing, a link to 'nowhere' is left"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+@pytest.mark.parametrize("name", [SECOND, *SMALL_FILES, "neuron_config.json"])
+def test_what_is_there_in_the_place_of_a_file_of_a_conversion_is_named(name, kind):
+    make, says = NOT_FILES[kind]
+    Path("weights", name).unlink()
+    make(Path("weights", name))
+    assert_refused(load("weights"), f"weights/{name} {says}", "--out ./weights --tp 2`")
+
+
+def test_a_damaged_tokenizer_config_is_refused():
+    Path("weights/tokenizer_config.json").write_text("{damaged")
+    assert_refused(load("weights"), "weights/tokenizer_config.json cannot be read as JSON", "convert again")
+
+
+def test_files_beside_shards_that_nobody_opens_are_not_checked():
+    for name in ("trace.json", "tp9_sharded_checkpoint.safetensors", "vocab.json", "special_tokens_map.json"):
+        with Path("weights", name).open("w") as file:
+            file.truncate(70 * 2**20)
+    for name in ("notes.txt", "merges.txt", "added_tokens.json", "model.safetensors"):
+        Path("weights", name).symlink_to("nowhere")
+    Path("weights/loop").symlink_to("loop")
+    os.mkfifo("weights/pipe")
+    Path("weights/tokenizer").mkdir()
+    assert_intact("weights")
+
+
+# ---- what may not be read
+
+
+def run_unprivileged(script: str, *flags: object) -> Ran:
+    """A command that may not read what modes forbid: root may, unless it drops its capabilities."""
+    line = [sys.executable, ROOT / script, *map(str, flags)]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and setpriv, which could change that, is not installed")
+        line = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", *line]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder that may not be searched, with two files in it."""
+    folder = Path("closed")
+    folder.mkdir()
+    shutil.move("hf/tokenizer.json", folder)
+    shutil.move(f"weights/{SECOND}", folder)
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+@pytest.mark.slow
+def test_a_file_in_a_folder_that_may_not_be_searched_is_not_said_to_be_missing(closed):
+    Path("hf/tokenizer.json").symlink_to("../closed/tokenizer.json")
+    ran = run_unprivileged("convert_weights.py", "--hf", "hf", "--out", "out", "--tp", 1)
+    assert_refused(ran, "Permission denied", "'hf/tokenizer.json'", code=1)
+    Path(f"weights/{SECOND}").symlink_to(f"../closed/{SECOND}")
+    ran = run_unprivileged("llama_neuron.py", "--ckpt", "weights", "--device", "cpu", "--prompt-ids", 1)
+    assert_refused(ran, "Permission denied", f"'weights/{SECOND}'", code=1)
+    assert "missing" not in ran.err and "convert again" not in ran.err
+
+
+@pytest.mark.slow
+def test_a_link_beside_a_checkpoint_into_such_a_folder_is_not_followed(closed):
+    Path("hf/notes.txt").symlink_to("../closed/notes.txt")
+    ran = run_unprivileged("convert_weights.py", "--hf", "hf", "--out", "out", "--tp", 1)
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out", ["closed/out", "closed"])
+def test_a_folder_that_may_not_be_written_is_refused_by_name(closed, out):
+    ran = run_unprivileged("convert_weights.py", "--hf", "other", "--out", out, "--tp", 1)
+    assert_refused(ran, f"--out {out}", "Permission denied, name another directory")
+
+
 @pytest.mark.parametrize("settings_file", [None, {"tp_degree": 2, "fused_qkv": True}], ids=["none", "Optimum's"])
 def test_shards_without_all_settings_are_refused_with_the_command_that_converts(settings_file):
     save_as_nxd("weights", 2)
@@ -477,7 +576,7 @@ def test_shards_without_all_settings_are_refused_with_the_command_that_converts(
     if settings_file:
         Path("weights/neuron_config.json").write_text(json.dumps(settings_file))
     ran = load("weights")
-    assert_refused(ran, "neuron_config.json", "`python convert_weights.py --hf HF_DIR --out ./weights --tp 1`")
+    assert_refused(ran, "neuron_config.json", "`python convert_weights.py --hf HF_DIR --out ./weights --tp 2`")
 
 
 def swap(ckpt: str) -> None:
@@ -741,8 +840,9 @@ def test_a_stdout_that_is_closed_ends_in_one_line_after_the_text_that_was_read()
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
         assert ran.stdout.read(3) == "3w1"
         ran.stdout.close()
-        err = ran.stderr.read()
-    assert (ran.returncode, err) == (1, "llama_neuron.py: error: [Errno 32] Broken pipe\n")
+        note, *lines = ran.stderr.read().splitlines()
+    assert "20,000 slots" in note
+    assert (ran.returncode, lines) == (1, ["llama_neuron.py: error: [Errno 32] Broken pipe"])
 
 
 # ---- conversions that are ended from outside, or two at once

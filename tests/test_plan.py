@@ -224,14 +224,14 @@ def test_a_longer_text_than_the_frequencies_hold_for_is_neither_planned_nor_acce
     assert "--sequence-length 1025" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype, size", [("float32", 4), ("float16", 2), (None, 2)])
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("float16", 2), (None, 2), ("float64", 2)])
 def test_weights_and_cache_have_the_dtype_of_the_config_or_bfloat16(dtype, size, tmp_path, command):
     folder = write_config(tmp_path, **SIZES["8B"], torch_dtype=dtype)
     (row,) = json.loads(command("--hf", folder, "--tp", 1, "--json"))
     assert row["weight_bytes"] == size * PARAMETERS["8B"]
     assert row["kv_cache_bytes"] == 2048 * 2 * 32 * 8 * 128 * size
     assert command("--hf", folder, "--tp", 1).startswith(
-        f"In {dtype or 'bfloat16'}, batch_size 1, sequence_length 2,048."
+        f"In {'bfloat16' if dtype in (None, 'float64') else dtype}, batch_size 1, sequence_length 2,048."
     )
 
 

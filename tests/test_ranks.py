@@ -1,5 +1,6 @@
 """Ranks that are killed, stopped or interrupted: one line says so, the whole run ends, and nothing of it is left."""
 
+import json
 import multiprocessing.util
 import os
 import shutil
@@ -21,6 +22,16 @@ from tests.helpers import ROOT
 
 COMMAND = "llama_neuron.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+NEW_USER = () if os.geteuid() == 0 else ("--user", "--map-root-user")  # what unshare(1) needs to make namespaces
+
+
+def mounting(options: str, folder: str) -> tuple[str, ...]:
+    """What a command starts with that has a file system of its own, with these options of tmpfs, at a folder."""
+    script = f'mount -t tmpfs -o {options} tmpfs {folder} && exec "$@"'
+    prefix = ("unshare", *NEW_USER, "--mount", "sh", "-c", script, "sh")
+    if shutil.which("unshare") is None or subprocess.run((*prefix, "true"), capture_output=True).returncode != 0:
+        pytest.skip("no mount namespaces here")
+    return prefix
 
 
 # ---- processes that fork
@@ -114,6 +125,8 @@ def convert_long(hf: Path, folder: Path) -> Path:
     tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
     tokenizer.save(str(copy / "tokenizer.json"))
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30_000}))
     convert(copy, folder / "tp2", tp_degree=2, sequence_length=30_000)
     return folder / "tp2"
 
@@ -264,7 +277,10 @@ def test_a_fault_ends_ranks_of_torchrun_in_one_line(
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        (("--prompt-ids", "96"), "prompt 1 holds token ids outside of 0 to 95"),
+        (
+            ("--prompt-ids", "96"),
+            "prompt 1 holds token id 96 at place 1: this model has 0 to 95, and needs its own tokenizer",
+        ),
         (("--tp", "x"), "argument --tp: 'x' is not a positive integer up to 2^24"),
     ],
     ids=["tokens", "flag"],

@@ -1,7 +1,7 @@
 """What a tensor-parallel degree takes and where it fits, from config.json alone: `python -m tools.plan --hf DIR`.
 
-Only weights and KV cache are counted, both in the checkpoint's dtype (bfloat16 if config.json names none). Activations,
-compiled graphs and the runtime need memory too.
+Only weights and KV cache are counted, both in the checkpoint's dtype (bfloat16 if config.json names none, or float64,
+which shards cannot have). Activations, compiled graphs and the runtime need memory too.
 
 `strategy` says how the ranks share the KV heads. The rules are NxD's (`determine_sharding_strategy` and
 `get_shardable_head_counts` in gqa.py), and so are two of the names:
@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint.config import SETTINGS_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
+from checkpoint.config import DTYPES, SETTINGS_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
 from launch.command import run_command
 from llama_neuron import LlamaConfig, NeuronConfig, positive_int, shard_heads
 
@@ -211,7 +211,8 @@ def main() -> None:
     hf_config = read_config(args.hf)
     config, static_limit = llama_config(hf_config), length_limit(hf_config)
     limit = min(hf_config["max_position_embeddings"], static_limit or 10**9)
-    neuron = NeuronConfig(torch_dtype=hf_config.get("dtype", "bfloat16"), max_sequence_length=static_limit)
+    dtype = hf_config.get("dtype")
+    neuron = NeuronConfig(torch_dtype=dtype if dtype in DTYPES else "bfloat16", max_sequence_length=static_limit)
     neuron = neuron.with_cache(args.batch_size, args.sequence_length or min(2048, limit))
     plans = [plan(config, replace(neuron, tp_degree=tp), limit) for tp in args.tp]
     if args.json:
