@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint.output import replacing, write_tensors
+from convert_weights import folder
 from launch.command import run_command
 from llama_neuron import (
     Backend,
@@ -235,7 +237,7 @@ def save(args: argparse.Namespace, rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes what a model computes to a file.", usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="what convert_weights.py wrote")
+    add("--ckpt", required=True, type=os.path.expanduser, metavar="DIR", help="what convert_weights.py wrote")
     add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted")
     add("--device", default="auto", help="as for llama_neuron.py; default: what is installed")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: stdin")
@@ -243,7 +245,7 @@ def main() -> None:
     add("--max-new-tokens", type=positive_int, default=8, metavar="M", help="default: %(default)s")
     forced = "M ids that are fed in place of the greedy choices, for each prompt"
     add("--forced-ids", action="append", type=integers, metavar="1,2,3", help=forced)
-    add("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    add("--out", type=folder, required=True, metavar="FILE", help="safetensors file to write")
     parser.set_defaults(batch_size=None, sequence_length=None, compile=False, timeout=60)
     args = parser.parse_args()
     if not args.out.parent.is_dir() or args.out.is_symlink() or (args.out.exists() and not args.out.is_file()):

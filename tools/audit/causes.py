@@ -152,24 +152,27 @@ class Case:
         if self.name not in results:
             return
         changed = results[self.name]
-        if not torch.isfinite(changed[self.rows]).all():
+        is_known = torch.isfinite(changed.flatten(1)).all(1)  # P; of another row of the batch some positions are not
+        if is_known[self.rows].float().mean() < 0.5:
             return
+        changed = torch.where(widen(is_known, changed), changed, self.step)
         for words, mask in self.scopes:
             scoped = torch.where(widen(mask, changed), changed, self.step)
-            share = self.fit(scoped)
+            share = self.fit(scoped, is_known)
             if share is not None and self.fits_elsewhere(results, mask):
                 self.fits.append((share, len(self.fits), knob.meaning + words, scoped))
                 return
 
-    def fit(self, other: Tensor) -> float | None:
+    def fit(self, other: Tensor, is_known: Tensor) -> float | None:
         """The share of the difference that another result of the step leaves where the port is wrong; None if that is
         more than rounding, or if it is further from the port where the port is right."""
-        before = self.distance(self.name, self.step, self.rows)
-        after = self.distance(self.name, other, self.rows)
+        wrong = self.rows & is_known
+        right = ~self.rows & is_known
+        before = self.distance(self.name, self.step, wrong)
+        after = self.distance(self.name, other, wrong)
         enough = max(1.3, self.clipped_bound, 0.1 * before, min(2.0, 0.35 * before))
         if not after <= min(enough, 0.85 * before):
             return None
-        right = ~self.rows
         if right.any():
             most = max(1.3 * self.clipped_bound, 1.05 * self.distance(self.name, self.step, right))
             if not self.distance(self.name, other, right) <= most:

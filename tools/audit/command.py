@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -36,6 +35,8 @@ from torch import Tensor, nn
 from checkpoint.config import DTYPES, llama_config, read_config
 from checkpoint.output import write
 from checkpoint.seal import check_seal
+from convert_weights import folder
+from launch.report import peak_memory
 from llama_neuron import NeuronConfig, UsageError, integers, positive_int
 from tools.audit import logit_rules
 from tools.audit.captured import Captured, read_captured
@@ -194,7 +195,7 @@ def audit(args: argparse.Namespace) -> dict:
         "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
         "date": str(date.today()),
         "seconds": round(time.perf_counter() - began, 1),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb": round(peak_memory() / 1e9, 2),
     }
     report["notes"] = captured.notes + report.pop("judge_notes")
     report["texts"] = [{"ids": text.ids.tolist(), "prompt_tokens": text.prompt} for text in texts]
@@ -391,11 +392,11 @@ def bound(text: str) -> tuple[str, float]:
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Where a port leaves Hugging Face, and why.", usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="the HF checkpoint")
+    add("--hf", type=folder, required=True, metavar="DIR", help="the HF checkpoint")
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--ckpt", metavar="DIR", help="audit this repository's model: what convert_weights.py wrote")
     captured = "audit tensors of tools.capture (a file), NxDI or vLLM Neuron (a folder)"
-    subject.add_argument("--captured", type=Path, metavar="PATH", help=captured)
+    subject.add_argument("--captured", type=folder, metavar="PATH", help=captured)
     add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted or captured")
     add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), help="of --ckpt (auto)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
@@ -406,8 +407,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     bounds = "bound of R and own R at places that match, before the built-in ones"
     add("--bound", dest="bounds", action="append", type=bound, default=[], metavar="REGEX=R", help=bounds)
     add("--json", action="store_true", help="print the report as one JSON object")
-    add("--plot", type=Path, metavar="FILE.png", help="draw R by layer")
-    add("--html", type=Path, metavar="FILE.html", help="write the report as a page")
+    add("--plot", type=folder, metavar="FILE.png", help="draw R by layer")
+    add("--html", type=folder, metavar="FILE.html", help="write the report as a page")
     return parser.parse_args(words)
 
 

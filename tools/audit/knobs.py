@@ -298,8 +298,8 @@ def embed_row(at: Step, case: object, other: object) -> Tensor:
 
 def beside(case: object, own: Tensor, its: Tensor, other: object) -> Tensor:
     """Another row's values: its prompt beside this one's, its decoding steps beside this one's. Where the other row has
-    none they are unknown, and the port's own stand in for them."""
-    result = case.port.to(own).clone() if case.port.shape == own.shape else own.clone()
+    none they are NaN."""
+    result = torch.full_like(own, torch.nan)
     length = min(case.prompt, other.prompt)
     result[:length] = its[:length]
     new = min(len(own) - case.prompt, len(its) - other.prompt)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.config import llama_config, read_config
+from checkpoint.files import read_json, reason
 from checkpoint.tensors import open_checkpoint
 from llama_neuron import UsageError
 
@@ -43,17 +44,24 @@ def load_hf(hf: Path, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     transformers.logging.disable_progress_bar()
+    is_new = read_json(Path(hf, "config.json")).keys() & {"rope_parameters", "rope_theta"} == {"rope_parameters"}
+    if is_new and int(transformers.__version__.split(".")[0]) < 5:
+        old = f"transformers {transformers.__version__} takes rope_theta 10000 and no rope scaling for it"
+        raise UsageError(f"--hf {hf}: its config.json is of transformers 5, and {old}: pip install 'transformers>=5'")
     settings = transformers.GenerationConfig()
     try:
-        model = transformers.LlamaForCausalLM.from_pretrained(
+        model, found = transformers.LlamaForCausalLM.from_pretrained(
             hf,
             dtype=dtype,
             attn_implementation="eager",
             generation_config=settings,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises nearly all kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--hf {hf}: transformers cannot load it: {reason}") from None
+        raise UsageError(f"--hf {hf}: transformers cannot load it: {reason(error)}") from None
+    if found["missing_keys"]:  # transformers takes random numbers for them
+        name = sorted(found["missing_keys"])[0]
+        raise UsageError(f"--hf {hf}: transformers does not find {name}: save the model without what is around it")
     return model.eval()
 
 

@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
-import inert
+from tools.ports.closed import inert
 
 os.environ.setdefault("XLA_DISABLE_FUNCTIONALIZATION", "1")  # AWS's default; torch_xla reads it when it is imported
 os.environ.setdefault("PJRT_DEVICE", "CPU")

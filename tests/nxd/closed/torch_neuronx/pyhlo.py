@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import inert
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from tools.ports.closed import inert
 
 # type and number of each field; [] for a repeated one
 MESSAGES = {

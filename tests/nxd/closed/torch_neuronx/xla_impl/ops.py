@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from inert import attribute as __getattr__  # noqa: F401
 from torch import Tensor
+
+from tools.ports.closed.inert import attribute as __getattr__  # noqa: F401
 
 
 class RmsNorm:

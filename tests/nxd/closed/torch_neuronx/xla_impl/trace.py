@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch_xla
-from inert import attribute as __getattr__  # noqa: F401
 from torch import Tensor, nn
 
+from tools.ports.closed.inert import attribute as __getattr__  # noqa: F401
 from torch_neuronx.proto import MetaNeff, MetaTensor, Type
 from torch_neuronx.pyhlo import hlo_pb2
 from torch_neuronx.xla_impl.structure import Flattener, Packer
