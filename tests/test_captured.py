@@ -660,8 +660,9 @@ def test_nxdis_ids_that_its_logits_did_not_choose_fail(
     model = hf_model(hf_checkpoint("llama-3"), torch.float32)
     prompt = PROMPTS[0]
     chosen = texts("llama-3")[0]["ids"][len(prompt) :].tolist()
-    other = [chosen[0], (chosen[1] + 1) % 96, *chosen[2:]]
-    text = run_hf(model, prompt, NEW_TOKENS, other)
+    other = [chosen[0], (chosen[1] + 1) % 96]
+    rest = run_hf(model, prompt + other, NEW_TOKENS - 2)["ids"][len(prompt) + 2 :].tolist()  # own choices again
+    text = run_hf(model, prompt, NEW_TOKENS, other + rest)
     known = {"ids": text["ids"][None], "prompt_tokens": torch.tensor([len(prompt)])}
     known["logits"] = text["logits"][None, len(prompt) - 1 :].contiguous()
     save_file(known, tmp_path / "generated.safetensors")

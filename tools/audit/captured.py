@@ -7,8 +7,8 @@
   positions. In a prefill a rank may hold T/tp of the tokens.
 
 What these two do not write may lie beside their files, or alone, in generated.safetensors: ids [B,P+M], each row a
-prompt and M new tokens; prompt_tokens [B]; and, but for vLLM Neuron, the logits [B,M,V] that chose the new tokens.
-Beside their files the new tokens count as the port's own greedy choices, unless its metadata say {"forced": "true"}.
+prompt and M new tokens; prompt_tokens [B]; and, but for vLLM Neuron, the logits [B,M,V] that chose the new tokens. The
+new tokens count as the port's own greedy choices, unless its metadata say {"forced": "true"}.
 """
 
 from __future__ import annotations
@@ -366,6 +366,18 @@ def own_choices(ids: Tensor, prompt_tokens: list[int], ends: list[int], last: bo
     return choices
 
 
+def chose_most(logits: Tensor, ids: Tensor, prompt_tokens: list[int]) -> bool:
+    """Whether at least half of the new tokens are the largest of the logits [B,M,V] beside them."""
+    count = 0
+    right = 0
+    for row, prompt in enumerate(prompt_tokens):
+        new = ids[row, prompt : prompt + logits.shape[1]]
+        chosen = logits[row, : len(new)].argmax(-1)
+        count += len(new)
+        right += int((chosen == new).sum())
+    return 2 * right >= count
+
+
 @dataclass(frozen=True)
 class Generated:
     """What generated.safetensors holds."""
@@ -549,8 +561,12 @@ def read_nxdi(path: Path, config: LlamaConfig, ids: Tensor | None, tp: int) -> C
     for file, match in matches.items():
         if match is None:
             sheets.remark(file.name, "not read, its name says no module: NxDI only numbers what it captures by hand")
+    own = generated.own
+    if own and not matches and generated.logits is not None and not chose_most(generated.logits, ids, prompt_tokens):
+        sheets.remark("ids", "most are not the largest of their logits: they are taken as forced")
+        own = False
     captured = sheets.finish({"stack": "NxDI" if matches else "generate"}, ids, prompt_tokens)
-    if generated.own and matches:
+    if own:
         greedy = own_choices(ids, prompt_tokens, ends, True, config.eos_token_id)
         captured = replace(captured, greedy=greedy)
     return captured

@@ -212,7 +212,7 @@ def explain(case: Case) -> tuple[str, str, Tensor | None]:
             break
     if case.fits:
         best = min(case.fits)
-        near = [fit for fit in case.fits if fit[0] <= 1.02 * best[0] + 1e-5]  # equal but for rounding: the first
+        near = [fit for fit in case.fits if fit[0] <= 1.03 * best[0] + 1e-5]  # equal but for rounding: the first
         share, _, meaning, changed = min(near, key=lambda fit: fit[1])
         return meaning, f"computed so, the difference falls to {share:.1%} of what it is", touched(case, changed)
     meaning, evidence = pattern(case)

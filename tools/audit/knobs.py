@@ -68,10 +68,15 @@ def fitted(case: object, settings: list[float], make: Callable[[float], Knob]) -
         else:
             low = (low * found) ** 0.5
             high = (found * high) ** 0.5
-    for digits, tolerance in enumerate((1.05, 1.02, 1.003)):  # a round number, if it is as good
-        rounded = float(f"{found:.{digits}e}")
-        if distance(rounded) <= tolerance * least:
-            found = rounded
+    # a usual or a round number, if it is as good; what is left may be rounding alone
+    slack = 2 if least < 2 else 1
+    usual = min(settings, key=lambda setting: abs(math.log(setting / found)))
+    candidates = [(float(f"{found:.{digits}e}"), tolerance) for digits, tolerance in enumerate((0.05, 0.02, 0.003))]
+    if abs(math.log(usual / found)) < 0.1:
+        candidates.insert(0, (usual, 0.05))
+    for candidate, tolerance in candidates:
+        if distance(candidate) <= (1 + slack * tolerance) * least:
+            found = candidate
             break
     yield make(found)
 
