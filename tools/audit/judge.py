@@ -219,8 +219,7 @@ class Bounds:
         kind = place.rpartition(".")[2]
         _, own, clipped, whole = next(row for row in OWN_BOUNDS[self.dtype] if re.fullmatch(row[0], kind))
         times = self.allowed.get(place, 1.0)
-        stream = max(self.allowed.values(), default=1.0)
-        return R_BOUND[self.dtype] * stream, own * times, clipped * times, whole * times
+        return R_BOUND[self.dtype], own * times, clipped * times, whole * times
 
 
 def scatter(numbers: int) -> float:
@@ -587,7 +586,8 @@ def allowances(texts: list[Text], seen: dict[str, str], found: Found) -> dict[st
     allowed: dict[str, float] = {}
     for (place, _), (above, below) in sums.items():
         times = (above / below) ** 0.5 if below else 1.0
-        allowed[place] = max(1.0, times, allowed.get(place, 1.0))
+        # ranks may be added in another order than here, which the 5% are for
+        allowed[place] = max(1.0, 1.05 * times, allowed.get(place, 1.0))
     return allowed
 
 
