@@ -7,8 +7,10 @@ Least squares then tell how much of the other way is in the port's errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,10 @@ from torch import Tensor, nn
 from llama_neuron import shard_heads
 from tools.audit.chain import LINEAR, Chain, Flow, Step, name_of_step, rms_norm, rotate, step_of_name, widen
 
-Knob = Callable[[Step], Tensor]
+if TYPE_CHECKING:
+    from tools.audit.judge import Text
+
+Compute = Callable[[Step], Tensor]
 
 
 class RoundedStep(Step):
@@ -46,8 +51,7 @@ class RoundedStep(Step):
         k = k.transpose(0, 1).repeat_interleave(groups, 0)
         v = v.transpose(0, 1).repeat_interleave(groups, 0)
         scores = torch.matmul(q, k.transpose(1, 2)) * self.chain.scaling
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        weights = softmax(scores.masked_fill(future, -torch.inf))
+        weights = softmax(without_future(scores))
         return torch.matmul(weights, v).transpose(0, 1)
 
     def angles(self) -> Tensor:
@@ -61,7 +65,8 @@ class RoundedStep(Step):
         return self.norm(self.get("middle"), "post_attention_layernorm")
 
     def final_norm(self) -> Tensor:
-        return self.norm(self.arrived(f"hidden_states.{self.chain.layers}"), "norm")
+        hidden = self.arrived(f"hidden_states.{self.chain.layers}")
+        return self.norm(hidden, "norm")
 
     def q(self) -> Tensor:
         return self.turn(self.get("q_proj"), self.angles())
@@ -70,7 +75,7 @@ class RoundedStep(Step):
         return self.turn(self.get("k_proj"), self.angles())
 
     def heads(self) -> Tensor:
-        return self.attend(lambda scores: scores.float().softmax(-1).to(scores.dtype))
+        return self.attend(softmax_in_float32)
 
 
 class RoundedChain(Chain):
@@ -85,6 +90,16 @@ class RoundedChain(Chain):
         return RoundedStep(self, number, arrived)
 
 
+def without_future(scores: Tensor) -> Tensor:
+    """Scores [H,P,P] after the causal mask."""
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -torch.inf)
+
+
+def softmax_in_float32(scores: Tensor) -> Tensor:
+    return scores.float().softmax(-1).to(scores.dtype)
+
+
 # ---- other roundings
 
 
@@ -94,34 +109,43 @@ def norm_in_dtype(at: RoundedStep) -> Tensor:
 
 def norm_rounded_late(at: RoundedStep) -> Tensor:
     x = at.get("stream")
-    return rms_norm(x.float(), at.weight("input_layernorm").float(), at.chain.eps).to(x.dtype)
+    weight = at.weight("input_layernorm").float()
+    normed = rms_norm(x.float(), weight, at.chain.eps)
+    return normed.to(x.dtype)
 
 
 def turned_in_float32(at: RoundedStep, x: Tensor) -> Tensor:
-    return rotate(x.float(), at.angles(), at.chain.attention_scaling).to(x.dtype)
+    turned = rotate(x.float(), at.angles(), at.chain.attention_scaling)
+    return turned.to(x.dtype)
 
 
 def divided_late(at: RoundedStep) -> Tensor:
     """Attention whose weights are divided by their sum after the product with v."""
     q = at.get("q")
-    k = at.get("k").repeat_interleave(q.shape[1] // at.get("k").shape[1], 1)
-    v = at.get("v").repeat_interleave(q.shape[1] // at.get("v").shape[1], 1)
+    k = at.get("k")
+    v = at.get("v")
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, 1)
+    v = v.repeat_interleave(groups, 1)
     scores = torch.einsum("thd,shd->hts", q, k) * at.chain.scaling
-    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    scores = scores.masked_fill(future, -torch.inf).float()
+    scores = without_future(scores).float()
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    product = torch.matmul(weights.to(q.dtype).float(), v.transpose(0, 1).float())
-    return (product / weights.sum(-1, keepdim=True)).transpose(0, 1).to(q.dtype)
+    rounded_weights = weights.to(q.dtype).float()
+    product = torch.matmul(rounded_weights, v.transpose(0, 1).float())
+    divided = product / weights.sum(-1, keepdim=True)
+    return divided.transpose(0, 1).to(q.dtype)
 
 
 def angles_in_dtype(at: RoundedStep, x: Tensor) -> Tensor:
     positions = torch.arange(len(x))[:, None].to(x.dtype)
-    return at.turn(x, (positions * at.chain.inv_freq).float())
+    angles = positions * at.chain.inv_freq
+    return at.turn(x, angles.float())
 
 
 def frequencies_in_dtype(at: RoundedStep, x: Tensor) -> Tensor:
     positions = torch.arange(len(x))[:, None].float()
-    return at.turn(x, positions * at.chain.inv_freq.float())
+    angles = positions * at.chain.inv_freq.float()
+    return at.turn(x, angles)
 
 
 def softmax_in_dtype(scores: Tensor) -> Tensor:
@@ -134,10 +158,12 @@ def columns_of_ranks(at: Step, kind: str, tp: int) -> list[Tensor]:
     """Which inputs of o_proj or down_proj each rank holds."""
     if kind == "mlp":
         size = at.get("inner").shape[1]
-        return list(torch.arange(size).split(-(-size // tp)))
+        share = -(-size // tp)
+        return list(torch.arange(size).split(share))
     num_heads = at.get("heads").shape[1]
     num_kv_heads = at.get("k").shape[1]
-    columns = torch.arange(num_heads * at.chain.head_dim).view(num_heads, -1)  # H D
+    columns = torch.arange(num_heads * at.chain.head_dim)
+    columns = columns.view(num_heads, -1)  # H D
     found = []
     for query_heads, _ in shard_heads(num_heads, num_kv_heads, tp):
         own = [head for head in query_heads if head is not None]
@@ -155,33 +181,40 @@ def row_parallel(at: Step, kind: str) -> tuple[str, Tensor]:
 def sums_in_dtype(at: Step, kind: str, tp: int) -> Tensor:
     """A row-parallel product whose parts are rounded, and their sum after each term."""
     path, x = row_parallel(at, kind)
-    weight = at.weight(path)
-    total = torch.zeros((), dtype=x.dtype)
-    for own in columns_of_ranks(at, kind, tp):
-        total = total + F.linear(x[:, own], weight[:, own])
-    bias = at.bias(path)
-    return total if bias is None else total + bias
+    return sum_in_dtype(at, path, x, columns_of_ranks(at, kind, tp))
 
 
 def tiles_in_dtype(at: Step, path: str, x: Tensor, size: int) -> Tensor:
     """A product that is accumulated in the audited dtype, tile by tile of its inputs."""
+    columns = torch.arange(x.shape[1])
+    return sum_in_dtype(at, path, x, columns.split(size))
+
+
+def sum_in_dtype(at: Step, path: str, x: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    """A product that is the sum of its parts, each of some columns, rounded after each term."""
     weight = at.weight(path)
     total = torch.zeros((), dtype=x.dtype)
-    for own in torch.arange(x.shape[1]).split(size):
+    for own in parts:
         total = total + F.linear(x[:, own], weight[:, own])
-    bias = at.bias(path)
-    return total if bias is None else total + bias
+    return with_bias(total, at.bias(path))
+
+
+def with_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    """A product after its bias, if it has one, is added."""
+    if bias is None:
+        return product
+    return product + bias
 
 
 def bias_after_sum(at: Step, kind: str) -> Tensor:
     path, x = row_parallel(at, kind)
     product = F.linear(x, at.weight(path))
-    bias = at.bias(path)
-    return product if bias is None else product + bias
+    return with_bias(product, at.bias(path))
 
 
 def bias_after_rounding(at: Step, path: str) -> Tensor:
-    return at.heads_of(F.linear(at.get("input_layernorm"), at.weight(path)) + at.bias(path))
+    product = F.linear(at.get("input_layernorm"), at.weight(path))
+    return at.heads_of(product + at.bias(path))
 
 
 @dataclass(frozen=True)
@@ -190,7 +223,7 @@ class Rounding:
 
     kinds: tuple[str, ...]
     what: str
-    steps: dict[str, Knob]  # kind -> its computation
+    steps: dict[str, Compute]  # kind -> its computation
     is_wrong: bool = True  # HF's float32 is missing; else a clean port may do so
     grows: bool = False  # with the position: it is told, and fails once it is out of bounds
 
@@ -198,32 +231,57 @@ class Rounding:
 def roundings(dtype: torch.dtype, tp: int, has_bias: bool) -> Iterator[Rounding]:
     """What is looked for in each layer."""
     name = str(dtype).removeprefix("torch.")
-    normed = ("input_layernorm", "v")
-    yield Rounding(normed, f"RMSNorm in {name}", {"input_layernorm": norm_in_dtype})
-    late = "a norm that is rounded after its weight"
-    yield Rounding(normed, late, {"input_layernorm": norm_rounded_late}, is_wrong=False)
-    yield Rounding(("q",), f"rotary angles in {name}", {"q": lambda at: angles_in_dtype(at, at.get("q_proj"))})
-    frequencies = {"q": lambda at: frequencies_in_dtype(at, at.get("q_proj"))}
-    yield Rounding(("q",), f"inv_freq in {name}", frequencies, grows=True)
-    turned = {"q": lambda at: turned_in_float32(at, at.get("q_proj"))}
-    yield Rounding(("q",), "a rotary embedding in float32", turned, is_wrong=False)
-    yield Rounding(("heads",), f"softmax in {name}", {"heads": lambda at: at.attend(softmax_in_dtype)})
-    yield Rounding(("heads",), "softmax divided after the product", {"heads": divided_late}, is_wrong=False)
+    yield from roundings_of_norms(name)
+    yield from roundings_of_rotations(name)
+    yield from roundings_of_attention(name)
     if tp > 1:
-        for kind in ("attention", "mlp"):
-            what = f"sums over {tp} ranks in {name}"
-            summed = {kind: lambda at, kind=kind: sums_in_dtype(at, kind, tp)}
-            yield Rounding((kind,), what, summed, is_wrong=False)
-    elif has_bias:
-        for kind in ("attention", "mlp"):
-            late = {kind: lambda at, kind=kind: bias_after_sum(at, kind)}
-            yield Rounding((kind,), "a bias that is added after the product was rounded", late, is_wrong=False)
+        yield from roundings_of_sums(name, tp)
     if has_bias:
-        projections = {"q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v": "self_attn.v_proj"}
-        for source, path in projections.items():
-            after = (source, source.removesuffix("_proj"))
-            knob = {source: lambda at, path=path: bias_after_rounding(at, path)}
-            yield Rounding(after, "a bias that is added after the product was rounded", knob, is_wrong=False)
+        yield from roundings_of_biases(tp)
+
+
+def roundings_of_norms(name: str) -> Iterator[Rounding]:
+    kinds = ("input_layernorm", "v")
+    in_dtype = {"input_layernorm": norm_in_dtype}
+    yield Rounding(kinds, f"RMSNorm in {name}", in_dtype)
+    late = {"input_layernorm": norm_rounded_late}
+    yield Rounding(kinds, "a norm that is rounded after its weight", late, is_wrong=False)
+
+
+def roundings_of_rotations(name: str) -> Iterator[Rounding]:
+    kinds = ("q",)
+    angles = {"q": lambda at: angles_in_dtype(at, at.get("q_proj"))}
+    yield Rounding(kinds, f"rotary angles in {name}", angles)
+    frequencies = {"q": lambda at: frequencies_in_dtype(at, at.get("q_proj"))}
+    yield Rounding(kinds, f"inv_freq in {name}", frequencies, grows=True)
+    turned = {"q": lambda at: turned_in_float32(at, at.get("q_proj"))}
+    yield Rounding(kinds, "a rotary embedding in float32", turned, is_wrong=False)
+
+
+def roundings_of_attention(name: str) -> Iterator[Rounding]:
+    kinds = ("heads",)
+    softmax = {"heads": lambda at: at.attend(softmax_in_dtype)}
+    yield Rounding(kinds, f"softmax in {name}", softmax)
+    divided = {"heads": divided_late}
+    yield Rounding(kinds, "softmax divided after the product", divided, is_wrong=False)
+
+
+def roundings_of_sums(name: str, tp: int) -> Iterator[Rounding]:
+    for kind in ("attention", "mlp"):
+        summed = {kind: partial(sums_in_dtype, kind=kind, tp=tp)}
+        yield Rounding((kind,), f"sums over {tp} ranks in {name}", summed, is_wrong=False)
+
+
+def roundings_of_biases(tp: int) -> Iterator[Rounding]:
+    what = "a bias that is added after the product was rounded"
+    if tp == 1:  # on several ranks it is added after their sum, which is looked for
+        for kind in ("attention", "mlp"):
+            late = {kind: partial(bias_after_sum, kind=kind)}
+            yield Rounding((kind,), what, late, is_wrong=False)
+    for kind in ("q_proj", "k_proj", "v"):
+        kinds = (kind, kind.removesuffix("_proj"))
+        late = {kind: partial(bias_after_rounding, path=LINEAR[kind])}
+        yield Rounding(kinds, what, late, is_wrong=False)
 
 
 # ---- how much of them is in a port
@@ -250,14 +308,17 @@ class Shares:
 
         def errors(x: Tensor) -> Tensor:
             difference = x.flatten(1).double() - exact
-            return (difference / scale).masked_fill(~was_seen, 0.0)  # P n
+            relative = difference / scale
+            return relative.masked_fill(~was_seen, 0.0)  # P n
 
         y = errors(port)
         if not torch.isfinite(y).all():  # there is worse to report
             return
         x = torch.stack([errors(other) for other in others], dim=1)  # P k n
-        self.products.append(x @ x.transpose(1, 2))
-        self.targets.append((x @ y[..., None])[..., 0])
+        product = x @ x.transpose(1, 2)
+        target = (x @ y[..., None])[..., 0]
+        self.products.append(product)
+        self.targets.append(target)
 
     def solve(self) -> tuple[list[float], list[float]] | None:
         """The share of each, and its standard error; None if they cannot be told apart, or there are too few
@@ -267,7 +328,8 @@ class Shares:
         products = torch.cat(self.products)
         targets = torch.cat(self.targets)
         has_values = products.diagonal(dim1=1, dim2=2).sum(-1) > 0
-        self.positions = count = int(has_values.sum())
+        count = int(has_values.sum())
+        self.positions = count
         whole = products.sum(0)
         sizes = whole.diagonal().sqrt()
         if count <= len(sizes) + 1 or not (sizes > 0).all():
@@ -278,8 +340,10 @@ class Shares:
         inverse = torch.linalg.inv(whole)
         shares = inverse @ targets.sum(0)
         rest = targets - products @ shares  # P k
-        spread = inverse @ (rest.T @ rest) @ inverse * count / (count - len(sizes))
-        return shares.tolist(), spread.diagonal().clamp(min=0).sqrt().tolist()
+        spread = inverse @ (rest.T @ rest) @ inverse
+        variances = spread.diagonal() * count / (count - len(sizes))
+        standard_errors = variances.clamp(min=0).sqrt()
+        return shares.tolist(), standard_errors.tolist()
 
 
 @dataclass
@@ -298,7 +362,7 @@ NORM_INPUTS = {"input_layernorm": "stream", "post_attention_layernorm": "middle"
 EPS_SHARE = 1e-3
 
 
-def measure_roundings(model: nn.Module, dtype: torch.dtype, tp: int, texts: list) -> Found:
+def measure_roundings(model: nn.Module, dtype: torch.dtype, tp: int, texts: list[Text]) -> Found:
     """Looks for the roundings of `roundings` and for another eps, in all layers of all texts."""
     found = Found()
     longest = max(len(text.ids) for text in texts)
@@ -312,35 +376,45 @@ def measure_roundings(model: nn.Module, dtype: torch.dtype, tp: int, texts: list
     for number in range(chain.layers):
         for text in texts:
             flow = flow_of_layer(chain, text, number)
-            by_kind: dict[str, list[Rounding]] = {}
-            for rounding in wanted:
-                kind = next((kind for kind in rounding.kinds if name_of_step(number, kind) in text.subject), None)
-                if kind is not None:
-                    by_kind.setdefault(kind, []).append(rounding)
-            for kind, its in by_kind.items():
+            for kind, its in captured_kinds(wanted, text, number).items():
                 add_roundings(found, text, flow, number, kind, its)
-            for kind, norm in (("v", "input_layernorm"), ("mlp", "post_attention_layernorm")):
-                add_eps(found, text, flow, number, kind, norm)
+            add_eps(found, text, flow, number, "v", "input_layernorm")
+            add_eps(found, text, flow, number, "mlp", "post_attention_layernorm")
             text.flow.forget(number)
     return found
 
 
-def flow_of_layer(chain: RoundedChain, text: object, number: int) -> Flow:
+def captured_kinds(wanted: list[Rounding], text: Text, number: int) -> dict[str, list[Rounding]]:
+    """The roundings that show in a layer, by the first of their kinds that was captured."""
+    by_kind: dict[str, list[Rounding]] = {}
+    for rounding in wanted:
+        for kind in rounding.kinds:
+            if name_of_step(number, kind) in text.subject:
+                by_kind.setdefault(kind, []).append(rounding)
+                break
+    return by_kind
+
+
+def flow_of_layer(chain: RoundedChain, text: Text, number: int) -> Flow:
     """The port's tensors of a layer, and what the layer gets, in the audited dtype."""
     flow = Flow(chain, text.ids[:-1], text.subject, text.seen)
-    for name in (f"hidden_states.{number}", *(name for name in text.subject if name.startswith(f"layers.{number}."))):
+    names = [f"hidden_states.{number}"]
+    names += [name for name in text.subject if name.startswith(f"layers.{number}.")]
+    for name in names:
         if name in text.has:
             flow.values[name] = text.has[name].to(chain.dtype)
     return flow
 
 
-def add_roundings(found: Found, text: object, flow: Flow, number: int, kind: str, its: list[Rounding]) -> None:
+def add_roundings(found: Found, text: Text, flow: Flow, number: int, kind: str, its: list[Rounding]) -> None:
+    """Adds what a place of a layer tells of the roundings that show there."""
     name = name_of_step(number, kind)
     step = text.step[name]
+    seen = text.seen[name]
     results = [flow.chain.compute(name, flow.arrived)]
     whats = []
     for rounding in its:
-        steps = {name_of_step(number, source): knob for source, knob in rounding.steps.items()}
+        steps = {name_of_step(number, source): compute for source, compute in rounding.steps.items()}
         other = flow.changed(steps, name).get(name)
         if other is None:  # what it would change was captured itself
             continue
@@ -348,22 +422,23 @@ def add_roundings(found: Found, text: object, flow: Flow, number: int, kind: str
         whats.append(rounding.what)
         if not rounding.is_wrong:
             key = (name, rounding.what)
-            found.allowed[key] = found.allowed.get(key, 0.0) + text.squared_errors(other, step, text.seen[name])
+            before = found.allowed.get(key, 0.0)
+            found.allowed[key] = before + text.squared_errors(other, step, seen)
     shares = found.shares.setdefault((kind, tuple(whats)), Shares())
-    shares.add(text.subject[name], step, results, text.seen[name])
+    shares.add(text.subject[name], step, results, seen)
 
 
-def add_eps(found: Found, text: object, flow: Flow, number: int, kind: str, norm: str) -> None:
+def add_eps(found: Found, text: Text, flow: Flow, number: int, kind: str, norm: str) -> None:
     """How far another eps is in the port's errors, from the first place after a norm that was captured."""
     after = norm if name_of_step(number, norm) in text.subject else kind
     name = name_of_step(number, after)
     if name not in text.subject:
         return
-    steps = {name_of_step(number, norm): lambda at: other_eps(at, norm)}
+    steps = {name_of_step(number, norm): partial(other_eps, norm=norm)}
     step = text.step[name]
     change = text.flow.changed(steps, name)[name] - step
     x = text.flow.arrived(name_of_step(number, NORM_INPUTS[norm]))
-    other = step + change * text.flow.chain.eps / (EPS_SHARE * float(x.pow(2).mean()))  # as if eps were twice as large
+    other = step + change * text.flow.chain.eps / eps_change(x)  # as if eps were twice as large
     hf = flow.chain.compute(name, flow.arrived)
     scaled = 1.01 * step  # of which another weight may look like another eps
     for key in ((None, None), (None, norm), (number, norm)):
@@ -373,37 +448,52 @@ def add_eps(found: Found, text: object, flow: Flow, number: int, kind: str, norm
 
 def other_eps(at: Step, norm: str) -> Tensor:
     x = at.get(NORM_INPUTS[norm])
-    return rms_norm(x, at.weight(norm), at.chain.eps + EPS_SHARE * float(x.pow(2).mean()))
+    return rms_norm(x, at.weight(norm), at.chain.eps + eps_change(x))
 
 
-def name_of_tiles(text: object, name: str) -> str:
+def eps_change(x: Tensor) -> float:
+    return EPS_SHARE * float(x.pow(2).mean())
+
+
+def name_of_tiles(text: Text, name: str) -> str:
     """A product that is accumulated in the audited dtype, found in the errors of the place after it; or nothing."""
     chain = RoundedChain(text.flow.chain.model, text.dtype, len(text.ids))
     number, kind = step_of_name(name, chain.layers)
-    path = LINEAR.get({"q": "q_proj", "k": "k_proj"}.get(kind, kind))
+    source = {"q": "q_proj", "k": "k_proj"}.get(kind, kind)
+    path = LINEAR.get(source)
     if path is None or number is None:
         return ""
-    source = {"q": "q_proj", "k": "k_proj"}.get(kind, kind)
     flow = flow_of_layer(chain, text, number)
     hf = chain.compute(name, flow.arrived)
-    best = ("", 0.0)
+    columns = chain.weights.get(f"model.layers.{number}.{path}.weight").shape[1]
+    dtype = str(text.dtype).removeprefix("torch.")
+    found = ""
+    most = 0.0
     for size in (8, 16, 32, 64, 128, 256, 512, 1024):
-        if size >= chain.weights.get(f"model.layers.{number}.{path}.weight").shape[1]:
+        if size >= columns:
             break
-
-        def tiled(at: Step, size: int = size) -> Tensor:
-            x = row_parallel(at, kind)[1] if kind in ("attention", "mlp") else at.get("input_layernorm")
-            product = tiles_in_dtype(at, path, x, size)
-            return product if kind in ("attention", "mlp") else at.heads_of(product)
-
-        other = flow.changed({name_of_step(number, source): tiled}, name).get(name)
+        steps = {name_of_step(number, source): partial(tiled_product, kind=source, size=size)}
+        other = flow.changed(steps, name).get(name)
+        if other is None:
+            continue
         shares = Shares()
-        if other is not None:
-            shares.add(text.subject[name], text.step[name], [hf, other], text.seen[name])
+        shares.add(text.subject[name], text.step[name], [hf, other], text.seen[name])
         solved = shares.solve()
-        if solved is not None and solved[0][1] > max(best[1], 0.6 + 2 * solved[1][1]):
-            best = (
-                f"products are accumulated in {str(text.dtype).removeprefix('torch.')}, by tiles of {size}",
-                solved[0][1],
-            )
-    return best[0]
+        if solved is None:
+            continue
+        shares_found, standard_errors = solved
+        share = shares_found[1]
+        standard_error = standard_errors[1]
+        if share > max(most, 0.6 + 2 * standard_error):
+            most = share
+            found = f"products are accumulated in {dtype}, by tiles of {size}"
+    return found
+
+
+def tiled_product(at: Step, kind: str, size: int) -> Tensor:
+    """The product of a step, accumulated in the audited dtype by tiles."""
+    if kind in ("attention", "mlp"):
+        path, x = row_parallel(at, kind)
+        return tiles_in_dtype(at, path, x, size)
+    x = at.get("input_layernorm")
+    return at.heads_of(tiles_in_dtype(at, LINEAR[kind], x, size))
