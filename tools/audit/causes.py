@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_neuron import shard_heads
-from tools.audit.chain import UNSEEN, Chain, name_of_step, step_of_name, widen
+from tools.audit.chain import UNSEEN, Chain, name_of_step, step_errors, step_of_name, value_sizes, widen
 from tools.audit.knobs import GENERATORS, Knob, on_rank
 from tools.audit.rounding import name_of_tiles
 
@@ -116,8 +116,6 @@ class Case:
     def errors(self, name: str, other: Tensor) -> Tensor:
         """The port's errors against another result of a step, relative to its size or the right one's, in multiples of
         HF's own."""
-        from tools.audit.judge import value_sizes
-
         seen = self.text.seen[name]
         size = torch.maximum(value_sizes(self.text.step[name], seen), value_sizes(other, seen))
         errors = (self.text.subject[name].to(other) - other) / (size * max(self.sizes[name], 1e-30))
@@ -236,15 +234,13 @@ def trials(case: Case) -> Iterator[tuple[list[int], Iterator[Knob]]]:
 def list_knobs(case: Case) -> Iterator[Knob]:
     """The knobs of all steps of the segment."""
     kinds = {step_of_name(name, case.chain.layers)[1] for name in case.segment}
-    for kind, generator in GENERATORS:
-        if kind in kinds:
-            yield from generator(case)
+    generators = [generator for kind, generator in GENERATORS if kind in kinds]
+    for generator in dict.fromkeys(generators):  # some turn several steps at once
+        yield from generator(case)
 
 
 def touched(case: Case, changed: Tensor) -> Tensor:
     """Where a cause changes a step by more than rounding."""
-    from tools.audit.judge import step_errors
-
     change = step_errors(changed, case.step, case.text.seen[case.name]) / max(case.sizes[case.name], 1e-30)
     if case.wrong.dim() == 1:
         change = change.flatten(1)

@@ -125,6 +125,22 @@ def widen(mask: Tensor, x: Tensor) -> Tensor:
     return mask[(..., *[None] * missing)]
 
 
+def value_sizes(x: Tensor, seen: Tensor) -> Tensor:
+    """What errors of a step [P,...] are relative to: each value's size and the median size at its position, of what was
+    captured. Llamas have a few huge activations: relative to the norm, an error would show their rounding alone."""
+    was_seen = widen(seen, x).expand_as(x).flatten(1)
+    magnitude = x.flatten(1).abs()
+    middle = magnitude.masked_fill(~was_seen, torch.nan).nanmedian(dim=-1, keepdim=True).values
+    size = magnitude + middle.nan_to_num(0.0)
+    return size.clamp(min=1e-30).view(x.shape)
+
+
+def step_errors(x: Tensor, step: Tensor, seen: Tensor) -> Tensor:
+    """The error of each value of x [P,...] against the exact `step`, in `value_sizes`; 0 where it was not captured."""
+    errors = (x - step) / value_sizes(step, seen)
+    return errors.masked_fill(~widen(seen, step), 0.0)
+
+
 class Weights:
     """The weights of HF's model in another dtype, kept for one layer at a time."""
 

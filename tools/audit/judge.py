@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llama_neuron import shard_heads
 from tools.audit.causes import Case, explain
-from tools.audit.chain import Chain, Flow, run_through, widen
+from tools.audit.chain import Chain, Flow, run_through, step_errors, widen
 from tools.audit.oracle import EXACT, OPTIONAL, STEPS
 from tools.audit.rounding import Found, measure_roundings
 
@@ -54,22 +54,6 @@ MODULES = {
 def squares(x: Tensor) -> Tensor:
     """[P,...] -> sums of squares [P]."""
     return x.flatten(1).pow(2).sum(-1)
-
-
-def value_sizes(x: Tensor, seen: Tensor) -> Tensor:
-    """What errors of a step [P,...] are relative to: each value's size and the median size at its position, of what was
-    captured. Llamas have a few huge activations: relative to the norm, an error would show their rounding alone."""
-    was_seen = widen(seen, x).expand_as(x).flatten(1)
-    magnitude = x.flatten(1).abs()
-    middle = magnitude.masked_fill(~was_seen, torch.nan).nanmedian(dim=-1, keepdim=True).values
-    size = magnitude + middle.nan_to_num(0.0)
-    return size.clamp(min=1e-30).view(x.shape)
-
-
-def step_errors(x: Tensor, step: Tensor, seen: Tensor) -> Tensor:
-    """The error of each value of x [P,...] against the exact `step`, in `value_sizes`; 0 where it was not captured."""
-    errors = (x - step) / value_sizes(step, seen)
-    return errors.masked_fill(~widen(seen, step), 0.0)
 
 
 @dataclass(frozen=True)
