@@ -461,6 +461,15 @@ def eps_causes(found: Found, kinds: list[dict], eps: float) -> list[dict]:
     """RMSNorm with another eps whose effect is smaller than rounding, in all layers or in one."""
     rows = {row["kind"]: row for row in kinds}
     fits = {}
+    voted = {}
+    for (number, norm, other), (with_other, with_hf) in found.eps_votes.items():
+        total = with_other + with_hf
+        sigmas = (with_other - with_hf) / max(total, 1) ** 0.5
+        if sigmas > 8 and with_other > 3 * with_hf:
+            evidence = (
+                f"of {total} values that the two round differently, the port has {with_other} as {other:g} gives them"
+            )
+            voted[number, norm] = (sigmas, other, evidence)
     for key, shares in found.eps.items():
         solved = shares.solve()
         if solved is None or solved[1][1] == 0:
@@ -471,17 +480,20 @@ def eps_causes(found: Found, kinds: list[dict], eps: float) -> list[dict]:
         limit = (6.5 if key[0] is None else 9) * (1 + 10 / shares.positions)  # there are many layers, and few positions
         if sigmas > limit and abs(own - eps) > 0.3 * eps and own > -3 * error:
             fits[key] = (sigmas, own, error)
+        if key in fits:
+            evidence = f"a fit of the errors gives {own:.2g} +- {error:.2g}; HF's are of {eps:g}"
+            fits[key] = (sigmas, max(own, 0), evidence)
+    fits = voted or fits
     if not fits:
         return []
     layers = {number for number, _ in fits} - {None}
     of_all = [key for key in fits if key[0] is None]
     candidates = of_all if of_all and len(layers) != 1 else [key for key in fits if key[0] is not None]
-    key = max(candidates, key=lambda key: fits[key][0])
+    key = max(candidates or fits, key=lambda key: fits[key][0])
     number, norm = key
-    _, own, error = fits[key]
+    _, own, evidence = fits[key]
     where = "" if number is None else f" of layer {number}"
-    meaning = f"another eps in {norm or 'RMSNorm'}{where}: {max(own, 0):.2g}, config.json says {eps:g}"
-    evidence = f"a fit of the errors gives {own:.2g} +- {error:.2g}; HF's are of {eps:g}"
+    meaning = f"another eps in {norm or 'RMSNorm'}{where}: {own:.2g}, config.json says {eps:g}"
     kinds = ("post_attention_layernorm", "mlp") if norm == "post_attention_layernorm" else ("input_layernorm", "v")
     kind = next(kind for kind in (*kinds, "v", "mlp", *rows) if kind in rows)
     return [{"name": kind, "layer": number, "meaning": meaning, "evidence": evidence}]

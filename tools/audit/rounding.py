@@ -352,6 +352,8 @@ class Found:
 
     shares: dict[tuple[str, tuple[str, ...]], Shares] = field(default_factory=dict)  # (kind, roundings)
     eps: dict[tuple, Shares] = field(default_factory=dict)  # (layer, norm); None: all of them
+    # (layer, norm, eps) -> of the values that another eps rounds differently: how many the port has so, and as HF
+    eps_votes: dict[tuple, list[int]] = field(default_factory=dict)
     allowed: dict[tuple[str, str], float] = field(default_factory=dict)  # (name, rounding) -> its squared errors
     harmless: set[str] = field(default_factory=set)  # roundings that a clean port may have
     growing: set[str] = field(default_factory=set)  # those that grow with the position
@@ -360,6 +362,9 @@ class Found:
 NORM_INPUTS = {"input_layernorm": "stream", "post_attention_layernorm": "middle"}
 # of the mean square: what eps is changed by, so that the effect is far above float32's and still proportional
 EPS_SHARE = 1e-3
+
+
+USUAL_EPS = (1e-5, 1e-6)  # of Llama 3 and Llama 2: taken for each other, and hardly different
 
 
 def measure_roundings(model: nn.Module, dtype: torch.dtype, tp: int, texts: list[Text]) -> Found:
@@ -441,9 +446,29 @@ def add_eps(found: Found, text: Text, flow: Flow, number: int, kind: str, norm: 
     other = step + change * text.flow.chain.eps / eps_change(x)  # as if eps were twice as large
     hf = flow.chain.compute(name, flow.arrived)
     scaled = 1.01 * step  # of which another weight may look like another eps
-    for key in ((None, None), (None, norm), (number, norm)):
+    keys = ((None, None), (None, norm), (number, norm))
+    for key in keys:
         shares = found.eps.setdefault(key, Shares())
         shares.add(text.subject[name], step, [hf, other, scaled], text.seen[name])
+    port = text.subject[name].to(hf)
+    was_seen = widen(text.seen[name], hf)
+    for eps in USUAL_EPS:
+        if eps == flow.chain.eps:
+            continue
+        rounded = flow.changed({name_of_step(number, norm): partial(norm_with_eps, norm=norm, eps=eps)}, name)[name]
+        differs = (rounded != hf) & was_seen
+        with_other = int((differs & (port == rounded)).sum())
+        with_hf = int((differs & (port == hf)).sum())
+        for key in keys:
+            votes = found.eps_votes.setdefault((*key, eps), [0, 0])
+            votes[0] += with_other
+            votes[1] += with_hf
+
+
+def norm_with_eps(at: RoundedStep, norm: str, eps: float) -> Tensor:
+    x = at.get(NORM_INPUTS[norm])
+    normed = rms_norm(x.float(), 1.0, eps)
+    return at.weight(norm) * normed.to(x.dtype)
 
 
 def other_eps(at: Step, norm: str) -> Tensor:
