@@ -221,15 +221,17 @@ def write_small_files(hf: Path, out: Path, config: dict, save_tokenizer: Callabl
 # ---- command
 
 
-def folder(text: str) -> Path:
-    """argparse type of a directory. A shell leaves the ~ of `--out=~/weights` as it is."""
+def user_path(text: str) -> Path:
+    """argparse type of a file or directory. A shell leaves the ~ of `--out=~/weights` as it is."""
     return Path(os.path.expanduser(text))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(",")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=folder, metavar="DIR", help="HF checkpoint (with --demo: where to put the demo)")
-    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument(
+        "--hf", type=user_path, metavar="DIR", help="HF checkpoint (with --demo: where to put the demo)"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="where the shards go")
     parser.add_argument("--tp", dest="tp_degree", type=positive_int, required=True, metavar="N", help="number of ranks")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     parser.add_argument("--batch-size", type=positive_int, default=1, metavar="B", help="default: %(default)s")

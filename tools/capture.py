@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint.output import replacing, write_tensors
-from convert_weights import folder
+from convert_weights import user_path
 from launch.command import run_command
 from llama_neuron import (
     Backend,
@@ -53,6 +54,7 @@ from llama_neuron import (
 
 SHARDED = ("q", "heads", "k", "v")  # a rank has some of the heads
 OF_LAYER = (*SHARDED, "attention", "mlp")
+PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc")  # that decide what is computed
 
 
 class CaptureModel(LlamaForCausalLM):
@@ -144,11 +146,20 @@ def load(ckpt: str | Path, rank: int, device: str, batch_size: int) -> nn.Module
     return load_model(ckpt, rank, batch_size=batch_size, device=device, model_class=CaptureModel)
 
 
+def versions(packages: Iterable[str]) -> str:
+    """The packages that are installed, and their versions."""
+    found = []
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
+
+
 def are_copies(x: Tensor, y: Tensor) -> bool:
     """Whether two ranks' tensors of one head are equal but for rounding: ranks may add a product in another order."""
-    if torch.allclose(x, y, 0, 0, equal_nan=True) or not x.is_floating_point():
-        return torch.equal(x.nan_to_num(), y.nan_to_num())
-    return bool((x - y).norm() <= 4 * torch.finfo(x.dtype).eps * y.norm())
+    if torch.allclose(x, y, 0, 0, equal_nan=True):
+        return True
+    return x.is_floating_point() and bool((x - y).norm() <= 4 * torch.finfo(x.dtype).eps * y.norm())
 
 
 def join_heads(captured: dict[str, Tensor], config: LlamaConfig, tp: int) -> list[str]:
@@ -228,12 +239,8 @@ def save(args: argparse.Namespace, rank: int) -> None:
     if rank == 0:
         if differing:
             print(f"capture.py: {differing[0]} (first of {len(differing)})", file=sys.stderr)
-        versions = []
-        for name in ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc"):
-            with suppress(metadata.PackageNotFoundError):
-                versions.append(f"{name} {metadata.version(name)}")
         neuron = NeuronConfig.from_pretrained(args.ckpt)
-        facts = {"versions": ", ".join(versions), "dtype": neuron.torch_dtype, "tp": str(neuron.tp_degree)}
+        facts = {"versions": versions(PACKAGES), "dtype": neuron.torch_dtype, "tp": str(neuron.tp_degree)}
         facts |= {"device": args.device, "prompt_tokens": json.dumps([len(prompt) for prompt in args.prompts])}
         if differing:
             facts["differing"] = json.dumps(differing)
@@ -252,7 +259,7 @@ def main() -> None:
     add("--max-new-tokens", type=positive_int, default=8, metavar="M", help="default: %(default)s")
     forced = "M ids that are fed in place of the greedy choices, for each prompt"
     add("--forced-ids", action="append", type=integers, metavar="1,2,3", help=forced)
-    add("--out", type=folder, required=True, metavar="FILE", help="safetensors file to write")
+    add("--out", type=user_path, required=True, metavar="FILE", help="safetensors file to write")
     parser.set_defaults(batch_size=None, sequence_length=None, compile=False, timeout=60)
     args = parser.parse_args()
     if not args.out.parent.is_dir() or args.out.is_symlink() or (args.out.exists() and not args.out.is_file()):

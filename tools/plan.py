@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass, replace
 
 from checkpoint.config import DTYPES, SETTINGS_KEYS, expected_shapes, length_limit, llama_config, read_config, read_keys
-from convert_weights import folder
+from convert_weights import user_path
 from launch.command import run_command
 from llama_neuron import LlamaConfig, NeuronConfig, positive_int, shard_heads
 
@@ -199,7 +199,7 @@ def main() -> None:
         description="What a tensor-parallel degree takes, and where it fits.", usage=argparse.SUPPRESS
     )
     add = parser.add_argument
-    add("--hf", type=folder, required=True, metavar="DIR", help="HF checkpoint, of which config.json is enough")
+    add("--hf", type=user_path, required=True, metavar="DIR", help="HF checkpoint, of which config.json is enough")
     add("--tp", type=tp_degrees, default=every, metavar="8,16", help="default: each that an instance supports")
     add("--batch-size", type=positive_int, default=1, metavar="B", help="default: %(default)s")
     add("--sequence-length", type=positive_int, metavar="S", help="default: 2048, or less if the model ends before")

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint.files import show
+from checkpoint.files import reason, show
 from llama_neuron import LlamaConfig, UsageError, shard_heads
 from tools.capture import are_copies
 
@@ -103,8 +103,7 @@ def load(path: Path, function: Callable[[Path], Any]) -> Any:
     try:
         return function(path)
     except Exception as error:  # torch and safetensors raise nearly all kinds
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
-        raise UsageError(f"{path} cannot be read ({reason}): capture it again") from None
+        raise UsageError(f"{path} cannot be read ({reason(error)}): capture it again") from None
 
 
 def load_tensor(path: Path) -> Tensor:
@@ -291,8 +290,8 @@ class Sheets:
                 note += f" (first of {len(names)})"
             notes.append(note)
         if not tensors:
-            reason = notes[0] if notes else "it is empty"
-            raise UsageError(f"{self.path} has no tensor of the model that --hf names ({reason}): capture it again")
+            why = notes[0] if notes else "it is empty"
+            raise UsageError(f"{self.path} has no tensor of the model that --hf names ({why}): capture it again")
         told = {"tp": str(len(self.ranks))}
         if dtypes:
             narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)

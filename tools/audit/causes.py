@@ -47,7 +47,7 @@ class Case:
 
     @cached_property
     def number(self) -> int | None:
-        return step_of_name(self.name, self.chain.layers)[0]
+        return step_of_name(self.name)[0]
 
     @property
     def prompt(self) -> int:
@@ -81,7 +81,7 @@ class Case:
     @cached_property
     def layers(self) -> list[int]:
         """The layers of the segment."""
-        numbers = {step_of_name(name, self.chain.layers)[0] for name in self.segment}
+        numbers = {step_of_name(name)[0] for name in self.segment}
         return sorted(numbers - {None})
 
     @cached_property
@@ -233,10 +233,10 @@ def trials(case: Case) -> Iterator[tuple[list[int], Iterator[Knob]]]:
 
 def list_knobs(case: Case) -> Iterator[Knob]:
     """The knobs of all steps of the segment."""
-    kinds = {step_of_name(name, case.chain.layers)[1] for name in case.segment}
-    generators = [generator for kind, generator in GENERATORS if kind in kinds]
-    for generator in dict.fromkeys(generators):  # some turn several steps at once
-        yield from generator(case)
+    kinds = {step_of_name(name)[1] for name in case.segment}
+    for turned, generator in GENERATORS:
+        if kinds.intersection(turned):
+            yield from generator(case)
 
 
 def touched(case: Case, changed: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def pattern(case: Case) -> tuple[str, str]:
     right = case.step[case.wrong]  # n ...
     wrong = case.port[case.wrong].to(case.step)
     difference = (wrong - right).norm()
-    rounding = case.sizes[case.name] / max(case.distance(case.name, case.step) * case.sizes[case.name], 1e-30)
+    rounding = 1 / max(case.distance(case.name, case.step), 1e-30)  # HF's, as a share of the difference
     limit = min(max(3 * rounding, 0.05), 0.3)
     if not wrong.any():
         return "zeros: this part was not computed, not written, or its weights are padding", "all its numbers are 0"
@@ -314,14 +314,14 @@ def between(case: Case) -> tuple[str, str]:
 
 
 def is_internal(case: Case, name: str) -> bool:
-    return step_of_name(name, case.chain.layers)[1] in UNSEEN
+    return step_of_name(name)[1] in UNSEEN
 
 
 def possible(case: Case) -> str:
     """What the steps of the segment may do, less what the places that are right rule out."""
     found = []
     for name in case.segment:
-        number, kind = step_of_name(name, case.chain.layers)
+        number, kind = step_of_name(name)
         if kind in MAY_BE and not is_right_elsewhere(case, number, kind):
             found.append(MAY_BE[kind])
     return ", or ".join(dict.fromkeys(found)) or "another computation"

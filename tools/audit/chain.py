@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def name_of_step(number: int | None, kind: str) -> str:
     return f"hidden_states.{number + 1}" if kind == "residual" else f"layers.{number}.{kind}"
 
 
-def step_of_name(name: str, layers: int) -> tuple[int | None, str]:
+def step_of_name(name: str) -> tuple[int | None, str]:
     """The inverse of `name_of_step`."""
     words = name.split(".")
     if words[0] == "hidden_states":
@@ -75,7 +76,7 @@ def step_names(layers: int) -> list[str]:
 
 def inputs_of(name: str, layers: int) -> list[str]:
     """The steps that a step computes from."""
-    number, kind = step_of_name(name, layers)
+    number, kind = step_of_name(name)
     if kind == "embedding":
         return []
     if kind == "stream":
@@ -102,20 +103,47 @@ def rotate(x: Tensor, angles: Tensor, scaling: float = 1.0) -> Tensor:
     return torch.cat((y1, y2), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, mask: Tensor | None = None, **other: Callable) -> Tensor:
+def halves_from_pairs(x: Tensor, dim: int = -1) -> Tensor:
+    """q or k, or rows of their weights, in HF's order from Meta's. `dim`, of size D, is one head.
+
+    Meta rotates the neighbours x0 and x1, x2 and x3; HF rotates the first value of the first half and the first of the
+    second. HF's `convert_llama_weights_to_hf.py` reorders the weights in its function `permute`. Scores are the same
+    in both orders.
+    """
+    dim %= x.dim()
+    return x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def pairs_from_halves(x: Tensor, dim: int = -1) -> Tensor:
+    """q or k, or rows of their weights, in Meta's order from HF's: the inverse of `halves_from_pairs`."""
+    dim %= x.dim()
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+over_slots = partial(torch.softmax, dim=-1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
+    softmax: Callable[[Tensor], Tensor] = over_slots,
+) -> Tensor:
     """Attention of one text: q [T,H,D], k and v [S,K,D] -> [T,H,D]. `mask` [T,S], bool, says who sees whom; the default
-    is causal. `scores` and `weights` in `other` change the scores before the mask, and the softmax."""
+    is causal. `change` is made to the scores [H,T,S] before the mask."""
     groups = q.shape[1] // k.shape[1]
     q = q.transpose(0, 1)  # H T D
     k = k.transpose(0, 1).repeat_interleave(groups, 0)  # H S D
     v = v.transpose(0, 1).repeat_interleave(groups, 0)
     scores = q @ k.transpose(1, 2) * scaling  # H T S
-    if "scores" in other:
-        scores = other["scores"](scores)
+    if change is not None:
+        scores = change(scores)
     if mask is None:
         mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~mask, -torch.inf)
-    weights = other["weights"](scores) if "weights" in other else scores.softmax(-1)
+    weights = softmax(scores.masked_fill(~mask, -torch.inf))
     return (weights @ v).transpose(0, 1)
 
 
@@ -187,11 +215,11 @@ class Chain:
     def compute(self, name: str, arrived: Callable[[str], Tensor]) -> Tensor:
         """A step from what arrives at it."""
         step = self.step(name, arrived)
-        _, kind = step_of_name(name, self.layers)
+        _, kind = step_of_name(name)
         return getattr(step, kind)()
 
     def step(self, name: str, arrived: Callable[[str], Tensor]) -> Step:
-        number, _ = step_of_name(name, self.layers)
+        number, _ = step_of_name(name)
         return Step(self, number, arrived)
 
 
@@ -328,9 +356,13 @@ class Flow:
         return self.values[name]
 
     def take(self, name: str) -> None:
-        own = self.chain.compute(name, self.arrived)
-        self.own[name] = own
-        self.values[name] = self.fill(name, own)
+        self.values[name] = self.fill(name, self.result(name))
+
+    def result(self, name: str) -> Tensor:
+        """A step's own result from what arrives there, computed once."""
+        if name not in self.own:
+            self.own[name] = self.chain.compute(name, self.arrived)
+        return self.own[name]
 
     def forget(self, number: int) -> None:
         """Drops what no capture has of a layer; it is computed again if it is asked for."""
@@ -366,7 +398,7 @@ class Flow:
 def run_through(chain: Chain, flows: list[Flow]) -> None:
     """Computes all steps of some flows, layer by layer, so that a layer's weights are converted once."""
     for name in chain.order:
-        number, kind = step_of_name(name, chain.layers)
+        number, kind = step_of_name(name)
         for flow in flows:
             flow.arrived(name)
             if kind == "residual":

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.config import DTYPES, llama_config, read_config
+from checkpoint.files import reason
 from checkpoint.output import write
 from checkpoint.seal import check_seal
-from convert_weights import folder
+from convert_weights import user_path
 from launch.report import peak_memory
 from llama_neuron import NeuronConfig, UsageError, integers, positive_int
 from tools.audit import logit_rules
@@ -62,8 +63,8 @@ def read_prompts(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
             try:
                 prompt = AutoTokenizer.from_pretrained(args.hf, local_files_only=True)(prompt)["input_ids"]
             except Exception as error:  # transformers raises nearly all kinds
-                reason = str(error).partition("\n")[0]
-                raise UsageError(f"{args.hf} has no tokenizer that can be read: give --prompt-ids ({reason})") from None
+                why = reason(error)
+                raise UsageError(f"{args.hf} has no tokenizer that can be read: give --prompt-ids ({why})") from None
         if not prompt:
             raise UsageError("--prompt holds no token: give some text")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -197,7 +198,7 @@ def audit(args: argparse.Namespace) -> dict:
         "seconds": round(time.perf_counter() - began, 1),
         "peak_gb": round(peak_memory() / 1e9, 2),
     }
-    report["notes"] = captured.notes + report.pop("judge_notes")
+    report["notes"] = captured.notes + report["notes"]
     report["texts"] = [{"ids": text.ids.tolist(), "prompt_tokens": text.prompt} for text in texts]
     report["command"] = "python -m tools.audit " + shlex.join(sys.argv[1:])
     report["verdict"] = verdict(report)
@@ -392,11 +393,11 @@ def bound(text: str) -> tuple[str, float]:
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Where a port leaves Hugging Face, and why.", usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--hf", type=folder, required=True, metavar="DIR", help="the HF checkpoint")
+    add("--hf", type=user_path, required=True, metavar="DIR", help="the HF checkpoint")
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--ckpt", metavar="DIR", help="audit this repository's model: what convert_weights.py wrote")
     captured = "audit tensors of tools.capture (a file), NxDI or vLLM Neuron (a folder)"
-    subject.add_argument("--captured", type=folder, metavar="PATH", help=captured)
+    subject.add_argument("--captured", type=user_path, metavar="PATH", help=captured)
     add("--tp", type=positive_int, metavar="N", help="tensor-parallel ranks, as converted or captured")
     add("--device", choices=("auto", "cpu", "cuda", "neuron", "nxd"), help="of --ckpt (auto)")
     add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch")
@@ -407,8 +408,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     bounds = "bound of R and own R at places that match, before the built-in ones"
     add("--bound", dest="bounds", action="append", type=bound, default=[], metavar="REGEX=R", help=bounds)
     add("--json", action="store_true", help="print the report as one JSON object")
-    add("--plot", type=folder, metavar="FILE.png", help="draw R by layer")
-    add("--html", type=folder, metavar="FILE.html", help="write the report as a page")
+    add("--plot", type=user_path, metavar="FILE.png", help="draw R by layer")
+    add("--html", type=user_path, metavar="FILE.html", help="write the report as a page")
     return parser.parse_args(words)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llama_neuron import shard_heads
 from tools.audit.causes import Case, explain
-from tools.audit.chain import Chain, Flow, run_through, step_errors, widen
+from tools.audit.chain import Chain, Flow, halves_from_pairs, run_through, step_errors, widen
 from tools.audit.oracle import EXACT, OPTIONAL, STEPS
 from tools.audit.rounding import Found, measure_roundings
 
@@ -111,9 +111,6 @@ class Text:
         if name not in self.known:
             self.known[name] = self.measure(name)
         return self.known[name]
-
-    def squared_errors(self, x: Tensor, step: Tensor, seen: Tensor) -> float:
-        return float(step_errors(x, step, seen).pow(2).sum(dtype=torch.float64))
 
     def measure(self, name: str) -> Errors:
         subject = self.subject[name]
@@ -457,19 +454,22 @@ def rounding_causes(found: Found, kinds: list[dict]) -> list[dict]:
     return causes
 
 
-def eps_causes(found: Found, kinds: list[dict], eps: float) -> list[dict]:
-    """RMSNorm with another eps whose effect is smaller than rounding, in all layers or in one."""
-    rows = {row["kind"]: row for row in kinds}
-    fits = {}
+def voted_eps(found: Found) -> dict[tuple, tuple[float, float, str]]:
+    """(layer, norm) -> how sure another of the usual eps is, in standard errors, that eps, and the evidence: of the
+    values that it rounds differently the port has most as it gives them."""
     voted = {}
-    for (number, norm, other), (with_other, with_hf) in found.eps_votes.items():
+    for (number, norm, eps), (with_other, with_hf) in found.eps_votes.items():
         total = with_other + with_hf
         sigmas = (with_other - with_hf) / max(total, 1) ** 0.5
         if sigmas > 8 and with_other > 3 * with_hf:
-            evidence = (
-                f"of {total} values that the two round differently, the port has {with_other} as {other:g} gives them"
-            )
-            voted[number, norm] = (sigmas, other, evidence)
+            which = f"of {total} values that the two round differently"
+            voted[number, norm] = (sigmas, eps, f"{which}, the port has {with_other} as {eps:g} gives them")
+    return voted
+
+
+def fitted_eps(found: Found, eps: float) -> dict[tuple, tuple[float, float, str]]:
+    """The same of an eps that is fitted to the port's errors."""
+    fits = {}
     for key, shares in found.eps.items():
         solved = shares.solve()
         if solved is None or solved[1][1] == 0:
@@ -479,23 +479,26 @@ def eps_causes(found: Found, kinds: list[dict], eps: float) -> list[dict]:
         sigmas = abs(own - eps) / error
         limit = (6.5 if key[0] is None else 9) * (1 + 10 / shares.positions)  # there are many layers, and few positions
         if sigmas > limit and abs(own - eps) > 0.3 * eps and own > -3 * error:
-            fits[key] = (sigmas, own, error)
-        if key in fits:
             evidence = f"a fit of the errors gives {own:.2g} +- {error:.2g}; HF's are of {eps:g}"
             fits[key] = (sigmas, max(own, 0), evidence)
-    fits = voted or fits
+    return fits
+
+
+def eps_causes(found: Found, kinds: list[dict], eps: float) -> list[dict]:
+    """RMSNorm with another eps whose effect is smaller than rounding, in all layers or in one."""
+    fits = voted_eps(found) or fitted_eps(found, eps)
     if not fits:
         return []
     layers = {number for number, _ in fits} - {None}
     of_all = [key for key in fits if key[0] is None]
     candidates = of_all if of_all and len(layers) != 1 else [key for key in fits if key[0] is not None]
-    key = max(candidates or fits, key=lambda key: fits[key][0])
-    number, norm = key
-    _, own, evidence = fits[key]
+    number, norm = max(candidates or fits, key=lambda key: fits[key][0])
+    _, own, evidence = fits[number, norm]
     where = "" if number is None else f" of layer {number}"
     meaning = f"another eps in {norm or 'RMSNorm'}{where}: {own:.2g}, config.json says {eps:g}"
-    kinds = ("post_attention_layernorm", "mlp") if norm == "post_attention_layernorm" else ("input_layernorm", "v")
-    kind = next(kind for kind in (*kinds, "v", "mlp", *rows) if kind in rows)
+    known = [row["kind"] for row in kinds]
+    shown = ("post_attention_layernorm", "mlp") if norm == "post_attention_layernorm" else ("input_layernorm", "v")
+    kind = next(kind for kind in (*shown, "v", "mlp", *known) if kind in known)
     return [{"name": kind, "layer": number, "meaning": meaning, "evidence": evidence}]
 
 
@@ -513,7 +516,7 @@ def judge(
     """The part of a report that is computed. `model` is HF's, in any dtype; for the bounds in `given` see `Bounds`;
     `differing` says which copies of a head are not the same on two ranks."""
     names = place_names(model.config.num_hidden_layers)
-    notes = [note for text in texts for note in undo_meta_order(text, tp)]
+    notes = [note for text in texts for note in undo_meta_order(text)]
     longest = max(len(text.ids) for text in texts)
     chain = Chain(model, EXACT[dtype], longest)
     run_through(chain, [flow for text in texts for flow in text.flows(chain)])
@@ -564,7 +567,7 @@ def judge(
         "strip": {"places": list(seen), "r": [position_ratios(texts, name) for name in seen.values()]},
         "first": first,
         "causes": causes,
-        "judge_notes": notes,
+        "notes": notes,
     }
 
 
@@ -634,7 +637,7 @@ def first_failure(rows: list[dict], kinds: list[dict], causes: list[dict]) -> di
     return failed[0] if failed else None
 
 
-def undo_meta_order(text: Text, tp: int) -> list[str]:
+def undo_meta_order(text: Text) -> list[str]:
     """Puts q and k into HF's order if they are in Meta's, where neighbours are rotated and not halves. Attention is the
     same in both, as q and k are permuted alike."""
     numbers = [name for name in ("layers.0.q", "layers.0.k") if name in text.subject]
@@ -644,18 +647,13 @@ def undo_meta_order(text: Text, tp: int) -> list[str]:
         seen = widen(text.seen[name], text.hf[name])
         right = torch.where(seen, text.hf[name].float(), 0.0)
         given = torch.where(seen, text.subject[name].float(), 0.0)
-        moved = to_halves(given)
+        moved = halves_from_pairs(given)
         if not (moved - right).norm() < 0.1 * right.norm() < 0.5 * (given - right).norm():
             return []
     for name in list(text.subject):
         if name.rpartition(".")[2] in ("q", "k", "q_proj", "k_proj"):
-            text.subject[name] = to_halves(text.subject[name])
+            text.subject[name] = halves_from_pairs(text.subject[name])
     return ["q and k are in Meta's order, neighbours are rotated; they were put into HF's order of halves"]
-
-
-def to_halves(x: Tensor) -> Tensor:
-    """Heads [P,n,D] whose pairs are neighbours, with the pairs' first halves before the second ones."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def differing_copies(text: Text, differing: list[str]) -> tuple[dict, dict]:

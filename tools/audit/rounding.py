@@ -17,7 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_neuron import shard_heads
-from tools.audit.chain import LINEAR, Chain, Flow, Step, name_of_step, rms_norm, rotate, step_of_name, widen
+from tools.audit.chain import (
+    LINEAR,
+    Chain,
+    Flow,
+    Step,
+    attend,
+    name_of_step,
+    rms_norm,
+    rotate,
+    step_errors,
+    step_of_name,
+    widen,
+)
 
 if TYPE_CHECKING:
     from tools.audit.judge import Text
@@ -43,16 +55,7 @@ class RoundedStep(Step):
 
     def attend(self, softmax: Callable[[Tensor], Tensor]) -> Tensor:
         """HF's eager attention with a softmax of its scores [H,P,P], whose result is in the audited dtype."""
-        q = self.get("q")
-        k = self.get("k")
-        v = self.get("v")
-        groups = q.shape[1] // k.shape[1]
-        q = q.transpose(0, 1)  # H P D
-        k = k.transpose(0, 1).repeat_interleave(groups, 0)
-        v = v.transpose(0, 1).repeat_interleave(groups, 0)
-        scores = torch.matmul(q, k.transpose(1, 2)) * self.chain.scaling
-        weights = softmax(without_future(scores))
-        return torch.matmul(weights, v).transpose(0, 1)
+        return attend(self.get("q"), self.get("k"), self.get("v"), self.chain.scaling, softmax=softmax)
 
     def angles(self) -> Tensor:
         count = len(self.arrived("ids"))
@@ -86,14 +89,8 @@ class RoundedChain(Chain):
         self.exact_inv_freq = model.model.rotary_emb.inv_freq.float()
 
     def step(self, name: str, arrived: Callable[[str], Tensor]) -> Step:
-        number, _ = step_of_name(name, self.layers)
+        number, _ = step_of_name(name)
         return RoundedStep(self, number, arrived)
-
-
-def without_future(scores: Tensor) -> Tensor:
-    """Scores [H,P,P] after the causal mask."""
-    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf)
 
 
 def softmax_in_float32(scores: Tensor) -> Tensor:
@@ -128,7 +125,8 @@ def divided_late(at: RoundedStep) -> Tensor:
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
     scores = torch.einsum("thd,shd->hts", q, k) * at.chain.scaling
-    scores = without_future(scores).float()
+    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(future, -torch.inf).float()
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     rounded_weights = weights.to(q.dtype).float()
     product = torch.matmul(rounded_weights, v.transpose(0, 1).float())
@@ -154,12 +152,16 @@ def softmax_in_dtype(scores: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def equal_shares(size: int, tp: int) -> list[Tensor]:
+    """The columns that each rank holds, the last ones fewer if tp does not divide them."""
+    share = -(-size // tp)
+    return list(torch.arange(size).split(share))
+
+
 def columns_of_ranks(at: Step, kind: str, tp: int) -> list[Tensor]:
     """Which inputs of o_proj or down_proj each rank holds."""
     if kind == "mlp":
-        size = at.get("inner").shape[1]
-        share = -(-size // tp)
-        return list(torch.arange(size).split(share))
+        return equal_shares(at.get("inner").shape[1], tp)
     num_heads = at.get("heads").shape[1]
     num_kv_heads = at.get("k").shape[1]
     columns = torch.arange(num_heads * at.chain.head_dim)
@@ -362,8 +364,6 @@ class Found:
 NORM_INPUTS = {"input_layernorm": "stream", "post_attention_layernorm": "middle"}
 # of the mean square: what eps is changed by, so that the effect is far above float32's and still proportional
 EPS_SHARE = 1e-3
-
-
 USUAL_EPS = (1e-5, 1e-6)  # of Llama 3 and Llama 2: taken for each other, and hardly different
 
 
@@ -416,7 +416,7 @@ def add_roundings(found: Found, text: Text, flow: Flow, number: int, kind: str, 
     name = name_of_step(number, kind)
     step = text.step[name]
     seen = text.seen[name]
-    results = [flow.chain.compute(name, flow.arrived)]
+    results = [flow.result(name)]
     whats = []
     for rounding in its:
         steps = {name_of_step(number, source): compute for source, compute in rounding.steps.items()}
@@ -428,7 +428,8 @@ def add_roundings(found: Found, text: Text, flow: Flow, number: int, kind: str, 
         if not rounding.is_wrong:
             key = (name, rounding.what)
             before = found.allowed.get(key, 0.0)
-            found.allowed[key] = before + text.squared_errors(other, step, seen)
+            squares = step_errors(other, step, seen).pow(2)
+            found.allowed[key] = before + float(squares.sum(dtype=torch.float64))
     shares = found.shares.setdefault((kind, tuple(whats)), Shares())
     shares.add(text.subject[name], step, results, seen)
 
@@ -444,7 +445,7 @@ def add_eps(found: Found, text: Text, flow: Flow, number: int, kind: str, norm: 
     change = text.flow.changed(steps, name)[name] - step
     x = text.flow.arrived(name_of_step(number, NORM_INPUTS[norm]))
     other = step + change * text.flow.chain.eps / eps_change(x)  # as if eps were twice as large
-    hf = flow.chain.compute(name, flow.arrived)
+    hf = flow.result(name)
     scaled = 1.01 * step  # of which another weight may look like another eps
     keys = ((None, None), (None, norm), (number, norm))
     for key in keys:
@@ -483,7 +484,7 @@ def eps_change(x: Tensor) -> float:
 def name_of_tiles(text: Text, name: str) -> str:
     """A product that is accumulated in the audited dtype, found in the errors of the place after it; or nothing."""
     chain = RoundedChain(text.flow.chain.model, text.dtype, len(text.ids))
-    number, kind = step_of_name(name, chain.layers)
+    number, kind = step_of_name(name)
     source = {"q": "q_proj", "k": "k_proj"}.get(kind, kind)
     path = LINEAR.get(source)
     if path is None or number is None:

@@ -33,7 +33,7 @@ import torch
 
 from checkpoint.config import expected_shapes, llama_config, read_config
 from checkpoint.output import replacing
-from convert_weights import convert, folder
+from convert_weights import convert, user_path
 from llama_neuron import LlamaConfig, UsageError, positive_int
 from tools.benchmark.competitors import BASELINE, COMPETITORS, Case, Files, Seconds
 from tools.benchmark.random_checkpoint import SHAPES, make_random
@@ -277,7 +277,7 @@ def draw_lengths(results: Results) -> Figure:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed beside HF and others.", usage=argparse.SUPPRESS)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--hf", type=folder, metavar="DIR", help="HF checkpoint")
+    model.add_argument("--hf", type=user_path, metavar="DIR", help="HF checkpoint")
     model.add_argument(
         "--shape",
         choices=SHAPES,
@@ -308,7 +308,9 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME",
         help=f"these competitors alone (not in the group process): {'; '.join(COMPETITORS)}",
     )
-    parser.add_argument("--gpt-fast", type=folder, metavar="DIR", help="a checkout of gpt-fast, to measure it as well")
+    parser.add_argument(
+        "--gpt-fast", type=user_path, metavar="DIR", help="a checkout of gpt-fast, to measure it as well"
+    )
     parser.add_argument("--json", action="store_true", help="print all samples as one JSON object instead of tables")
     parser.add_argument(
         "--chart",

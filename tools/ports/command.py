@@ -14,7 +14,7 @@ import argparse
 from importlib import import_module
 
 from checkpoint.config import DTYPES, llama_config, read_config
-from convert_weights import folder
+from convert_weights import user_path
 from llama_neuron import UsageError, integers, positive_int
 from tools.audit.command import read_prompts
 from tools.audit.oracle import stored_dtype
@@ -42,14 +42,14 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     for port, meaning in HELP.items():
         own = ports.add_parser(port, help=meaning, description=meaning, usage=argparse.SUPPRESS)
         add = own.add_argument
-        add("--hf", type=folder, required=True, metavar="DIR", help="the HF checkpoint")
+        add("--hf", type=user_path, required=True, metavar="DIR", help="the HF checkpoint")
         add("--tp", type=positive_int, default=1, metavar="N", help="tensor-parallel ranks (%(default)s)")
         add("--device", default="cpu", metavar="D", help="default: %(default)s")
         add("--dtype", choices=DTYPES, help="default: the checkpoint's")
         add("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat for a batch; default: random ids")
         add("--prompt-ids", dest="prompts", action="append", type=integers, metavar="1,2,3", help="instead of text")
         add("--max-new-tokens", type=positive_int, default=8, metavar="M", help="default: %(default)s")
-        add("--out", type=folder, required=True, metavar="DIR", help="folder for capture.safetensors")
+        add("--out", type=user_path, required=True, metavar="DIR", help="folder for capture.safetensors")
         if port == "hf":
             add("--attn", default="eager", metavar="NAME", help="HF's attn_implementation (%(default)s)")
             add("--compile", dest="compiled", action="store_true", help="torch.compile, with HF's static cache")

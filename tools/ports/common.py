@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -26,6 +24,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint.output import replacing, write_tensors
+from tools.audit.chain import halves_from_pairs as halves_from_pairs  # for drivers, and for a port of your own
+from tools.audit.chain import pairs_from_halves as pairs_from_halves
+from tools.capture import versions
 
 Numbers = list[int | None]  # HF's number of each head that a rank has, in the rank's order; None is a head of zeros
 
@@ -88,26 +89,6 @@ def join_heads(shards: list[Tensor], numbers: list[Numbers]) -> tuple[Tensor, li
     return torch.stack([found[number] for number in sorted(found)], dim=2), sorted(differing)
 
 
-# ---- Meta's order of q and k
-
-
-def halves_from_pairs(x: Tensor, dim: int = -1) -> Tensor:
-    """q or k, or rows of their weights, in HF's order from Meta's. `dim`, of size D, is one head.
-
-    Meta rotates the neighbours x0 and x1, x2 and x3; HF rotates the first value of the first half and the first of the
-    second. HF's `convert_llama_weights_to_hf.py` reorders the weights in its function `permute`. Scores are the same
-    in both orders.
-    """
-    dim %= x.dim()
-    return x.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-
-
-def pairs_from_halves(x: Tensor, dim: int = -1) -> Tensor:
-    """q or k, or rows of their weights, in Meta's order from HF's: the inverse of `halves_from_pairs`."""
-    dim %= x.dim()
-    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-
-
 # ---- calls and texts
 
 
@@ -132,15 +113,6 @@ def join_texts(prompts: list[list[int]], new_ids: list[list[int]]) -> Tensor:
 # ---- the file
 
 
-def versions() -> str:
-    """The installed packages that may decide what a port computes, and their versions."""
-    found = []
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ", ".join(found)
-
-
 def write_capture(
     out: Path,
     tensors: dict[str, Tensor],
@@ -161,7 +133,7 @@ def write_capture(
     ranks should have alike and do not; they fail the audit. `notes` are for whoever reads it.
     """
     facts = {
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "dtype": dtype,
         "tp": str(tp),
         "device": device,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from checkpoint.files import reason
 from llama_neuron import UsageError, choose_device
 from tools.audit.oracle import load_hf, tapped
 from tools.ports.common import write_capture
@@ -42,8 +43,7 @@ def load(hf: Path, device: str, dtype: torch.dtype, attn: str) -> nn.Module:
     try:
         model.set_attn_implementation(attn)
     except Exception as error:  # transformers raises nearly all kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--attn {attn}: transformers refuses it: {reason}") from None
+        raise UsageError(f"--attn {attn}: transformers refuses it: {reason(error)}") from None
     return model.to(device)
 
 

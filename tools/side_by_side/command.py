@@ -37,7 +37,7 @@ from torch import Tensor
 from checkpoint.config import llama_config, read_config
 from checkpoint.output import write
 from checkpoint.tensors import open_checkpoint
-from convert_weights import folder
+from convert_weights import user_path
 from llama_neuron import (
     ATTENTION,
     LlamaConfig,
@@ -497,9 +497,9 @@ def write_page(out: Path, traces: dict[str, Trace], run: str = "") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the reading guide as a page.", usage=argparse.SUPPRESS)
-    parser.add_argument("out", type=folder, metavar="OUT.html", help="the page to write")
+    parser.add_argument("out", type=user_path, metavar="OUT.html", help="the page to write")
     parser.add_argument("--ckpt", metavar="DIR", help="what convert_weights.py wrote: shows what it computes")
-    parser.add_argument("--hf", type=folder, metavar="DIR", help="the source of --ckpt: shows what HF computes")
+    parser.add_argument("--hf", type=user_path, metavar="DIR", help="the source of --ckpt: shows what HF computes")
     parser.add_argument("--prompt", dest="prompts", nargs=1, metavar="TEXT", help="for both; default: stdin")
     parser.add_argument(
         "--prompt-ids",

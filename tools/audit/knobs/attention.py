@@ -42,7 +42,7 @@ def capped(value: float) -> Knob:
         return value * torch.tanh(scores / value)
 
     def compute(at: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, at.chain.scaling, scores=cap)
+        return attend(q, k, v, at.chain.scaling, change=cap)
 
     return Knob(f"scores are capped at {told(value)} by tanh (as Gemma 2 does)", attended(compute))
 
@@ -52,7 +52,7 @@ def clipped(value: float) -> Knob:
         return scores.clamp(-value, value)
 
     def compute(at: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, at.chain.scaling, scores=clip)
+        return attend(q, k, v, at.chain.scaling, change=clip)
 
     return Knob(f"scores are clipped at {told(value)}", attended(compute))
 

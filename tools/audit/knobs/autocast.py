@@ -73,7 +73,7 @@ def narrow_product(at: Step, kind: str, narrow: Callable[[Tensor], Tensor], side
         q = taken(at.get("q"))
         k = taken(at.get("k"))
         v = taken(at.get("v"))
-        return given(attend(q, k, v, at.chain.scaling, weights=softmax))
+        return given(attend(q, k, v, at.chain.scaling, softmax=softmax))
     x = taken(arriving(at, kind))
     weight = taken(at.weight(LINEAR[kind]))
     product = F.linear(x, weight)

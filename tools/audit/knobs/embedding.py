@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tools.audit.chain import Step
 from tools.audit.knobs.knob import Knob, Knobs, beside
-from tools.audit.knobs.quantization import rounded_weights
+from tools.audit.knobs.quantization import Round, ways_to_round
 
 if TYPE_CHECKING:
     from tools.audit.causes import Case
@@ -51,16 +51,15 @@ def other_tables(case: Case) -> Knobs:
     config = case.chain.config
     dtype = case.text.dtype
     table = case.chain.weights.parameters["model.embed_tokens.weight"]
-    any_row = torch.ones(1, config.hidden_size)
-    for index, (name, _) in enumerate(rounded_weights(any_row, dtype)):
 
-        def rounded(at: Step, index: int = index) -> Tensor:
-            ids, places = at.arrived("ids").unique(return_inverse=True)
-            rows = table.detach()[ids].to(dtype).to(at.chain.dtype)
-            ways = list(rounded_weights(rows, dtype))
-            return ways[index][1][places]
+    def rounded(at: Step, round_weight: Round) -> Tensor:
+        ids, places = at.arrived("ids").unique(return_inverse=True)
+        rows = table.detach()[ids].to(dtype).to(at.chain.dtype)
+        return round_weight(rows)[places]
 
-        yield Knob(f"the weight of embed_tokens is rounded to {name}", {"embedding": rounded})
+    for name, round_weight in ways_to_round(config.hidden_size, dtype):
+        compute = partial(rounded, round_weight=round_weight)
+        yield Knob(f"the weight of embed_tokens is rounded to {name}", {"embedding": compute})
     if not config.tie_word_embeddings:
         lm_head = {"embedding": lambda at: at.weight("lm_head")[at.arrived("ids")]}
         yield Knob("lm_head is taken for the embedding, though config.json does not tie them", lm_head)

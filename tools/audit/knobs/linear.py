@@ -7,13 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tools.audit.chain import LINEAR, Step
 from tools.audit.knobs.knob import Compute, Knob, Knobs
-from tools.audit.knobs.quantization import rounded_weights
+from tools.audit.knobs.quantization import Round, through, ways_to_round
 from tools.audit.rounding import row_parallel
 
 if TYPE_CHECKING:
@@ -84,15 +83,13 @@ def weights(case: Case, kind: str) -> Knobs:
 
 def weights_in_fewer_bits(case: Case, kind: str, width: int) -> Knobs:
     dtype = case.text.dtype
-    any_row = torch.ones(1, width)
-    for index, (name, _) in enumerate(rounded_weights(any_row, dtype)):
 
-        def rounded(at: Step, weight: Tensor, index: int = index) -> Tensor:
-            in_audited_dtype = weight.to(dtype).to(weight)
-            ways = list(rounded_weights(in_audited_dtype, dtype))
-            return ways[index][1]
+    def rounded(at: Step, weight: Tensor, round_weight: Round) -> Tensor:
+        return round_weight(through(weight, dtype))
 
-        yield Knob(f"the weight of {LINEAR[kind]} is rounded to {name}", with_weight(kind, rounded))
+    for name, round_weight in ways_to_round(width, dtype):
+        change = partial(rounded, round_weight=round_weight)
+        yield Knob(f"the weight of {LINEAR[kind]} is rounded to {name}", with_weight(kind, change))
 
 
 def biases(case: Case, kind: str) -> Knobs:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.audit.chain import LINEAR, Step, rms_norm, rotate
+from tools.audit.chain import LINEAR, Step, halves_from_pairs, pairs_from_halves, rms_norm, rotate
 from tools.audit.knobs.knob import Compute, Knob, Knobs, changing
 from tools.audit.knobs.linear import QKV, weights, with_weight
 from tools.audit.knobs.ranks import pairs, swapped_ranks
@@ -44,8 +44,8 @@ def projections(case: Case, kind: str) -> Knobs:
 
 
 def query_and_key(case: Case) -> Knobs:
-    to_meta = partial(halves_to_neighbours, head_dim=case.chain.head_dim)
-    from_meta = partial(neighbours_to_halves, head_dim=case.chain.head_dim)
+    to_meta = partial(pairs_from_halves, dim=1)
+    from_meta = partial(halves_from_pairs, dim=1)
     name = "the rows of q_proj and k_proj are in the layout of Meta's checkpoints"
     yield Knob(name, with_rows(case, to_meta))
     name = "the rows of q_proj and k_proj are converted from Meta's layout twice"
@@ -65,16 +65,6 @@ def with_rows(case: Case, change: Callable[[Tensor], Tensor]) -> dict[str, Compu
 
     both = {**with_weight("q_proj", changed), **with_weight("k_proj", changed)}
     return changing(case, both)
-
-
-def halves_to_neighbours(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows [n,D,E] of HF's layout, in which a pair is two halves apart, in Meta's, in which it is side by side."""
-    return weight.unflatten(1, (2, head_dim // 2)).transpose(1, 2).flatten(1, 2)
-
-
-def neighbours_to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows [n,D,E] of Meta's layout in HF's."""
-    return weight.unflatten(1, (head_dim // 2, 2)).transpose(1, 2).flatten(1, 2)
 
 
 def normed(at: Step, kind: str) -> Tensor:

@@ -3,7 +3,8 @@ of a row, or for the whole weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,15 +17,24 @@ INTEGERS = {8: 127, 4: 7}  # bits -> the largest value
 GROUPS = (8, 16, 32, 64, 128)
 
 
-def rounded_weights(weight: Tensor, audited: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A weight [N,E] in fewer bits than the audited dtype has: names and values."""
+Round = Callable[[Tensor], Tensor]  # a weight [N,E] -> the same in fewer bits
+
+
+def ways_to_round(width: int, audited: torch.dtype) -> Iterator[tuple[str, Round]]:
+    """Ways to put a weight with rows of `width` into fewer bits than the audited dtype has, and their names."""
     if audited == torch.float32:
-        yield "bfloat16", through(weight, torch.bfloat16)
-        yield "float16", through(weight, torch.float16)
+        yield "bfloat16", partial(through, dtype=torch.bfloat16)
+        yield "float16", partial(through, dtype=torch.float16)
     for name, dtype in FP8.items():
-        yield from in_fp8(weight, name, dtype)
+        yield name, partial(through, dtype=dtype)
+        yield f"{name}, scaled by rows", partial(in_fp8, dtype=dtype, by_rows=True)
+        yield f"{name}, scaled as a whole", partial(in_fp8, dtype=dtype, by_rows=False)
     for bits, most in INTEGERS.items():
-        yield from in_integers(weight, bits, most)
+        yield f"int{bits}, scaled by rows", partial(in_integers, most=most, by_rows=True)
+        yield f"int{bits}, scaled as a whole", partial(in_integers, most=most, by_rows=False)
+        for size in GROUPS:
+            if width % size == 0 and width > size:
+                yield f"int{bits}, scaled by groups of {size}", partial(by_groups, most=most, size=size)
 
 
 def through(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,26 +42,24 @@ def through(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x)
 
 
-def in_fp8(weight: Tensor, name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def largest_values(weight: Tensor, by_rows: bool) -> Tensor:
+    """The largest size in each row, or in the whole weight."""
     largest = weight.abs().amax(-1, keepdim=True)
-    yield name, through(weight, dtype)
-    by_rows = largest / torch.finfo(dtype).max
-    as_a_whole = largest.max() / torch.finfo(dtype).max
-    yield f"{name}, scaled by rows", (weight / by_rows).to(dtype).to(weight) * by_rows
-    yield f"{name}, scaled as a whole", (weight / as_a_whole).to(dtype).to(weight) * as_a_whole
+    return largest if by_rows else largest.max()
 
 
-def in_integers(weight: Tensor, bits: int, most: int) -> Iterator[tuple[str, Tensor]]:
-    largest = weight.abs().amax(-1, keepdim=True)
-    yield f"int{bits}, scaled by rows", to_multiples(weight, largest / most)
-    yield f"int{bits}, scaled as a whole", to_multiples(weight, largest.max() / most)
-    width = weight.shape[1]
-    for size in GROUPS:
-        if width % size == 0 and width > size:
-            groups = weight.unflatten(1, (-1, size))
-            scale = groups.abs().amax(-1, keepdim=True) / most
-            rounded = to_multiples(groups, scale)
-            yield f"int{bits}, scaled by groups of {size}", rounded.flatten(1)
+def in_fp8(weight: Tensor, dtype: torch.dtype, by_rows: bool) -> Tensor:
+    scale = largest_values(weight, by_rows) / torch.finfo(dtype).max
+    return through(weight / scale, dtype) * scale
+
+
+def in_integers(weight: Tensor, most: int, by_rows: bool) -> Tensor:
+    return to_multiples(weight, largest_values(weight, by_rows) / most)
+
+
+def by_groups(weight: Tensor, most: int, size: int) -> Tensor:
+    groups = weight.unflatten(1, (-1, size))
+    return in_integers(groups, most, by_rows=True).flatten(1)
 
 
 def to_multiples(x: Tensor, scale: Tensor) -> Tensor:

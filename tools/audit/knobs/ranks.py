@@ -12,6 +12,7 @@ from llama_neuron import shard_heads
 from tools.audit.chain import Step
 from tools.audit.knobs.knob import Compute, Knob
 from tools.audit.knobs.linear import product_of
+from tools.audit.rounding import equal_shares
 
 if TYPE_CHECKING:
     from tools.audit.causes import Case
@@ -53,15 +54,8 @@ def held_by(case: Case, x: Tensor, kind: str, rank: int) -> Tensor:
     elif kind in BY_KV_HEADS:
         chosen[[head for head in kv_heads if head is not None]] = True
     else:
-        chosen[columns_of_ranks_of(x, case.tp)[rank]] = True
+        chosen[equal_shares(x.shape[1], case.tp)[rank]] = True
     return chosen.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def columns_of_ranks_of(x: Tensor, tp: int) -> list[Tensor]:
-    """The equal shares of x [P,n] that ranks hold."""
-    size = x.shape[1]
-    share = -(-size // tp)
-    return list(torch.arange(size).split(share))
 
 
 def pairs(tp: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_neuron import compute_llama3_parameters
-from tools.audit.chain import Step, rotate
+from tools.audit.chain import Step, halves_from_pairs, pairs_from_halves, rotate
 from tools.audit.knobs.knob import Compute, Knob, Knobs, changing
 from tools.audit.knobs.search import fitted, told
 
@@ -66,9 +66,7 @@ def other_pairs(case: Case) -> Knobs:
     scaling = case.chain.attention_scaling
 
     def neighbours(at: Step, x: Tensor) -> Tensor:
-        halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        result = rotate(halves, at.angles(), scaling)
-        return result.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return pairs_from_halves(rotate(halves_from_pairs(x), at.angles(), scaling))
 
     def mixed(at: Step, x: Tensor) -> Tensor:
         angles = torch.cat((at.angles(), at.angles()), dim=-1)[:, None]  # P 1 D

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tools.audit.chain import LINEAR, Step, rms_norm
 from tools.audit.knobs.knob import Compute, Knob, Knobs, beside
-from tools.audit.knobs.ranks import columns_of_ranks_of, on_rank
+from tools.audit.knobs.ranks import on_rank
 from tools.audit.knobs.search import fitted, told
-from tools.audit.rounding import columns_of_ranks, row_parallel
+from tools.audit.rounding import columns_of_ranks, equal_shares, row_parallel
 
 if TYPE_CHECKING:
     from tools.audit.causes import Case
@@ -193,7 +193,7 @@ def partial_stream(case: Case) -> Knobs:
     def product(at: Step, kind: str, rank: int) -> Tensor:
         changed = at.linear(LINEAR[kind], normed(at, rank))
         result = getattr(at, kind)()
-        own = columns_of_ranks_of(result, tp)[rank]
+        own = equal_shares(result.shape[1], tp)[rank]
         result[:, own] = changed[:, own]
         return result
 
