@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint.config import llama_config, read_config
 from llama_neuron import UsageError, shard_path
 from tests.helpers import command, hf_model
 from tests.test_neuron_device import STAND_IN, stand_in  # noqa: F401, a fixture
@@ -32,6 +33,7 @@ from tools.ports.common import (
     pairs_from_halves,
     write_capture,
 )
+from tools.ports.meta import metas_weights
 
 PROMPTS, NEW_TOKENS = [[5, 11, 2, 60, 33, 47, 3, 21, 8, 17, 40, 52], [7, 1, 40, 29, 16]], 5
 FAMILY = "odd sizes"  # 6 query and 3 KV heads, with biases
@@ -326,3 +328,20 @@ def test_a_port_of_ones_own_is_audited(hf_checkpoint: Callable, tmp_path: Path) 
     report = audited(hf, file)
     assert not report["passed"]
     assert report["first"]["place"] == "logits"
+
+
+def test_metas_weights_are_the_checkpoints_with_rows_of_q_and_k_in_pairs(hf_checkpoint: Callable) -> None:
+    """What AWS's two Llamas are given. Row 2i of a head is HF's row i, row 2i+1 its row i + D/2."""
+    hf = hf_checkpoint("llama-3")
+    config = llama_config(read_config(hf))
+    weights = metas_weights(hf, config, torch.float32)
+    model = hf_model(hf, torch.float32)
+    attention = model.model.layers[1].self_attn
+    half = config.head_dim // 2
+    pairs = torch.stack((torch.arange(half), torch.arange(half) + half), dim=1).flatten()  # 0 4 1 5 2 6 3 7
+    for name, linear in (("wq", attention.q_proj), ("wk", attention.k_proj)):
+        heads = linear.weight.detach().view(-1, config.head_dim, config.hidden_size)
+        assert torch.equal(weights[f"layers.1.attention.{name}.weight"], heads[:, pairs].flatten(0, 1))
+    assert torch.equal(weights["layers.2.feed_forward.w2.weight"], model.model.layers[2].mlp.down_proj.weight)
+    assert torch.equal(weights["output.weight"], model.lm_head.weight)
+    assert len(weights) == 3 + 9 * 3

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint.tensors import open_files
+from checkpoint.config import llama_config, read_config
+from checkpoint.tensors import open_checkpoint
 from launch.ranks import fork
 from llama_neuron import UsageError
 from tools.ports.closed import stand_in
@@ -97,7 +98,7 @@ def heads_of(attention: nn.Module, hf: Path) -> tuple[Numbers, Numbers]:
         rows = projection.Wqkv.weight.split((*sizes, sizes[1]))
     else:
         rows = projection.q_proj.weight, projection.k_proj.weight
-    weights = open_files(hf, False)
+    weights = open_checkpoint(hf, llama_config(read_config(hf)))
     query = find_heads(rows[0], weights.get("model.layers.0.self_attn.q_proj.weight"), size)
     key = find_heads(rows[1], weights.get("model.layers.0.self_attn.k_proj.weight"), size)
     return query, key

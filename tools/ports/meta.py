@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint.config import llama_config, read_config
-from checkpoint.tensors import open_files
+from checkpoint.tensors import open_checkpoint
 from llama_neuron import LlamaConfig, UsageError
 from tools.ports.common import Numbers, find_heads, halves_from_pairs, pairs_from_halves
 from tools.ports.cpu_mode import KEY, QUERY, Taps, capture_ranks, pad_prompts
@@ -83,7 +83,7 @@ capture_experimental = partial(capture, "experimental")
 
 def metas_weights(hf: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of Meta's consolidated.00.pth."""
-    checkpoint = open_files(hf, False)
+    checkpoint = open_checkpoint(hf, config)
     weights = {}
     for name in checkpoint.slices:
         meta = name

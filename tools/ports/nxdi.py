@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint.tensors import open_files
+from checkpoint.config import llama_config, read_config
 from llama_neuron import UsageError
 from tools.ports.common import join_texts
 from tools.ports.cpu_mode import Taps, capture_ranks, find_sources, heads_of, pad_prompts
@@ -73,7 +73,7 @@ def application_of(
 
 def has_bias(hf: Path) -> bool:
     """Whether there is a bias: NxDI loses it if it fuses q, k and v (`modeling_llama.py:191-206`)."""
-    return "model.layers.0.self_attn.q_proj.bias" in open_files(hf, False).slices
+    return llama_config(read_config(hf)).attention_bias
 
 
 def load_on_cpu(hf: Path, prompts: list[list[int]], new_tokens: int, tp: int, dtype: str) -> nn.Module:
@@ -173,9 +173,7 @@ def modules_of(hf: Path) -> list[str]:
     """The modules that NxDI captures the inputs and outputs of."""
     modules = ["embed_tokens", "norm"]
     kinds = ["qkv_proj.q_proj", "qkv_proj.k_proj", "qkv_proj.v_proj"] if has_bias(hf) else ["qkv_proj.Wqkv"]
-    names = open_files(hf, False).slices
-    layers = sum(name.endswith(".mlp.down_proj.weight") for name in names)
-    for number in range(layers):
+    for number in range(llama_config(read_config(hf)).num_hidden_layers):
         layer = f"layers.{number}"
         modules += [layer, f"{layer}.input_layernorm", f"{layer}.self_attn.o_proj"]
         modules += [f"{layer}.post_attention_layernorm", f"{layer}.mlp"]
