@@ -102,9 +102,10 @@ SETTINGS_KEYS = {
     "max_sequence_length": (LENGTH, None),
 }
 
+MERGE = "merge the adapter into its model first, `merge_and_unload()`, and save the result"
 # what may lie in a folder without config.json, and what helps
 OTHER_FOLDERS = {
-    "adapter_config.json": "merge the adapter into its model first, `merge_and_unload()`, and save the result",
+    "adapter_config.json": MERGE,
     "snapshots": "name the folder in snapshots/",  # of the Hugging Face cache
     "params.json": "convert Meta's format with transformers' convert_llama_weights_to_hf.py",
 }

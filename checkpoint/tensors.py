@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint.config import STORED, expected_shapes
+from checkpoint.config import MERGE, STORED, expected_shapes
 from checkpoint.files import check_file, read_json, reason, say, show
 from checkpoint.names import WITHOUT_EFFECT, WRAPPERS, hf_name, keys_of, show_names, what_helps, wrappers_in
 from llama_neuron import LlamaConfig, LlamaRotaryEmbedding, UsageError
@@ -164,7 +164,7 @@ def instead_of_weights(directory: Path) -> str:
     if not found:
         return ": download it again"
     if any(name.startswith("adapter_") for name in found):
-        remedy = "merge the adapter into its model first, `merge_and_unload()`, and save the result"
+        remedy = MERGE
     elif any("-of-" in name for name in found):
         remedy = "download the index too, which says what is in which file"
     else:
